@@ -1,0 +1,211 @@
+"""Every fact about every model, as data.
+
+Nothing else in the package knows a model by name: code reads the fields of `Arch`.
+Sources of the numbers: the `config.json` of each published checkpoint and the reports of Gemma
+(arXiv:2403.08295, 2408.00118, 2503.19786) and Qwen2 (arXiv:2407.10671).
+"""
+
+import dataclasses
+from typing import Any
+
+from gemma_lora.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Arch:
+    """Shapes and switches of one decoder. Letters as everywhere: V, D, L, N, K, H, F."""
+
+    vocab: int  # V
+    embed: int  # D
+    layers: int  # L
+    heads: int  # N
+    kv_heads: int  # K
+    head_dim: int  # H
+    hidden: int  # F
+    family: str  # Hugging Face's model_type, written back on export
+    query_scale: float  # attention logits are multiplied by query_scale ** -0.5
+    rope_base: float = 10_000.0  # of global layers
+    rope_factor: float = 1.0  # positions of global layers are divided by this (linear scaling)
+    rope_local_base: float = 10_000.0  # of local layers
+    window: int = 0  # a local layer sees keys j with i - window < j <= i; 0: no local layers
+    local: tuple[bool, ...] = (False,)  # is the layer local; repeated to length L
+    norm_plus_one: bool = True  # RMSNorm multiplies by (1 + w), before the downcast
+    post_norms: bool = False  # norms after attention and after the MLP, too
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    gelu: bool = True  # tanh-GELU; SiLU otherwise
+    attn_softcap: float = 0.0  # 0: none
+    final_softcap: float = 0.0
+    scale_embed: bool = True  # embeddings are multiplied by sqrt(D)
+    tied: bool = True  # the head is the embedding table
+    eps: float = 1e-6
+    add_bos: bool = True  # sequences start with one bos
+
+    @property
+    def is_local(self) -> tuple[bool, ...]:
+        """One flag a layer: does it see only the sliding window."""
+        return tuple(self.local[i % len(self.local)] for i in range(self.layers))
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "Arch":
+        """From the contents of a Hugging Face config.json, with transformers' silent defaults.
+
+        Raises UserError for an unknown model_type or a setting that would change the maths.
+        """
+        config = config.get("text_config", config)  # multimodal Gemma 3
+        family = config.get("model_type", "")
+        if family not in FAMILIES:
+            raise UserError(
+                f"config.json: model_type {family!r} is not supported, "
+                + nearest(family, FAMILIES)
+            )
+        missing = [k for k in _HF_SIZES.values() if k not in config]
+        if missing:
+            raise UserError(f"config.json of a {family} model lacks {', '.join(missing)}")
+        fields = dict(FAMILIES[family], family=family)
+        fields |= {ours: config[theirs] for ours, theirs in _HF_SIZES.items()}
+        heads, embed = fields["heads"], fields["embed"]
+        fields["kv_heads"] = config.get("num_key_value_heads") or heads
+        fields["head_dim"] = config.get("head_dim") or fields.get("head_dim") or embed // heads
+        fields["query_scale"] = float(
+            config.get("query_pre_attn_scalar") or fields.get("query_scale") or fields["head_dim"]
+        )
+        fields["eps"] = config.get("rms_norm_eps", 1e-6)
+        fields["tied"] = config.get("tie_word_embeddings", fields["tied"])
+        for ours, theirs in _HF_SOFTCAPS.items():
+            if theirs in config:
+                fields[ours] = config[theirs] or 0.0
+        fields |= _hf_rope(config, fields)
+        fields |= _hf_window(config, fields)
+        return cls(**fields)
+
+
+_HF_SIZES = {
+    "vocab": "vocab_size",
+    "embed": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+}
+_HF_SOFTCAPS = {
+    "attn_softcap": "attn_logit_softcapping",
+    "final_softcap": "final_logit_softcapping",
+}
+
+
+def _hf_rope(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, float]:
+    """RoPE bases and factor: rope_theta and rope_scaling, or rope_parameters of transformers 5."""
+    nested = config.get("rope_parameters") or {}
+    everywhere = {
+        "rope_theta": config.get("rope_theta", nested.get("rope_theta", fields["rope_base"])),
+        **(config.get("rope_scaling") or {}),
+    }
+    if "rope_type" in nested:
+        everywhere |= nested
+    full = nested.get("full_attention") or everywhere
+    sliding = nested.get("sliding_attention") or {}
+    kind = full.get("rope_type", full.get("type", "default"))
+    if kind not in ("default", "linear"):
+        raise UserError(f"config.json: RoPE type {kind!r} is not supported (valid: default, linear)")
+    local = config.get("rope_local_base_freq", fields.get("rope_local_base", 10_000.0))
+    return {
+        "rope_base": float(full.get("rope_theta", fields["rope_base"])),
+        "rope_factor": float(full.get("factor", 1.0)) if kind == "linear" else 1.0,
+        "rope_local_base": float(sliding.get("rope_theta", local)),
+    }
+
+
+def _hf_window(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    if not fields.get("window"):
+        if config.get("use_sliding_window"):
+            raise UserError("config.json: use_sliding_window is true, which is not supported here")
+        return {}
+    local = fields["local"]
+    if config.get("layer_types"):
+        local = tuple(t == "sliding_attention" for t in config["layer_types"])
+    else:
+        period = config.get("sliding_window_pattern", config.get("_sliding_window_pattern"))
+        if period:
+            local = (True,) * (period - 1) + (False,)
+    shortest = next(
+        p for p in range(1, len(local) + 1) if all(x == local[i % p] for i, x in enumerate(local))
+    )
+    return {"window": config.get("sliding_window") or fields["window"], "local": local[:shortest]}
+
+
+# What every size of a family shares; also the defaults that its config.json may leave unsaid.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 256, "tied": True, "rope_base": 10_000.0},
+    "gemma2": {
+        "head_dim": 256,
+        "query_scale": 256.0,
+        "tied": True,
+        "rope_base": 10_000.0,
+        "window": 4096,
+        "local": (True, False),
+        "post_norms": True,
+        "attn_softcap": 50.0,
+        "final_softcap": 30.0,
+    },
+    "gemma3_text": {
+        "head_dim": 256,
+        "query_scale": 256.0,
+        "tied": True,
+        "rope_base": 1_000_000.0,
+        "window": 4096,
+        "local": (True,) * 5 + (False,),
+        "post_norms": True,
+        "qk_norm": True,
+    },
+    "qwen2": {
+        "tied": False,
+        "rope_base": 10_000.0,
+        "norm_plus_one": False,
+        "qkv_bias": True,
+        "gelu": False,
+        "scale_embed": False,
+        "add_bos": False,
+    },
+}
+
+
+def _size(family: str, vdlnkhf: tuple[int, ...], **more: Any) -> Arch:
+    names = ("vocab", "embed", "layers", "heads", "kv_heads", "head_dim", "hidden")
+    fields = {**FAMILIES[family], **dict(zip(names, vdlnkhf, strict=True)), **more}
+    fields.setdefault("query_scale", float(fields["head_dim"]))
+    return Arch(family=family, **fields)
+
+
+#                                V        D     L   N   K   H    F
+ARCHS: dict[str, Arch] = {
+    "gemma_2b": _size("gemma", (256_000, 2048, 18, 8, 1, 256, 16_384)),
+    "gemma_7b": _size("gemma", (256_000, 3072, 28, 16, 16, 256, 24_576)),
+    "gemma2_2b": _size("gemma2", (256_000, 2304, 26, 8, 4, 256, 9216)),
+    "gemma2_9b": _size("gemma2", (256_000, 3584, 42, 16, 8, 256, 14_336)),
+    "gemma2_27b": _size("gemma2", (256_000, 4608, 46, 32, 16, 128, 36_864), query_scale=144.0),
+    "gemma3_270m": _size("gemma3_text", (262_144, 640, 18, 4, 1, 256, 2048), window=512),
+    "gemma3_1b": _size("gemma3_text", (262_144, 1152, 26, 4, 1, 256, 6912), window=512),
+    "gemma3_4b": _size(
+        "gemma3_text", (262_208, 2560, 34, 8, 4, 256, 10_240), window=1024, rope_factor=8.0
+    ),
+    "gemma3_12b": _size(
+        "gemma3_text", (262_208, 3840, 48, 16, 8, 256, 15_360), window=1024, rope_factor=8.0
+    ),
+    "gemma3_27b": _size(
+        "gemma3_text",
+        (262_208, 5376, 62, 32, 16, 128, 21_504),
+        window=1024,
+        rope_factor=8.0,
+        query_scale=168.0,
+    ),
+    "qwen2_0p5b": _size("qwen2", (151_936, 896, 24, 14, 2, 64, 4864), rope_base=1e6, tied=True),
+    "qwen2_1p5b": _size("qwen2", (151_936, 1536, 28, 12, 2, 128, 8960), rope_base=1e6, tied=True),
+    "qwen2_7b": _size("qwen2", (152_064, 3584, 28, 28, 4, 128, 18_944), rope_base=1e6),
+}
+
+
+def get_arch(name: str) -> Arch:
+    """The entry of ARCHS called `name`; raises UserError with the nearest names."""
+    if name not in ARCHS:
+        raise UserError(f"arch {name!r} is unknown, {nearest(name, ARCHS)}")
+    return ARCHS[name]

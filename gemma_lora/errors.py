@@ -1,0 +1,32 @@
+"""The one exception a user is meant to read, and the helper that names the nearest valid choices."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+
+class UserError(ValueError):
+    """Bad input. The message says what was got, what was expected and the nearest valid choices.
+
+    Entry points print it as one line, without a traceback, and exit with status 2.
+    """
+
+
+def nearest(got: str, valid: Iterable[str]) -> str:
+    """'did you mean a, b? (valid: ...)' for an unknown name; lists at most a dozen names."""
+    valid = sorted(map(str, valid))
+    close = difflib.get_close_matches(str(got), valid, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(close)}? " if close else ""
+    more = f", ... {len(valid) - 12} more" if len(valid) > 12 else ""
+    return f"{hint}(valid: {', '.join(valid[:12])}{more})"
+
+
+def run_main(main: Callable[[], None]) -> NoReturn:
+    """Runs an entry point; a UserError becomes 'error: ...' on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    raise SystemExit(0)

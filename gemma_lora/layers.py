@@ -1,0 +1,215 @@
+"""The maths: the einsum seam, RMSNorm, RoPE, attention, MLP.
+
+Axis letters: B batch, T query position, S key position, D embed, F hidden, N heads, K kv heads,
+G heads per kv head, H head dim, V vocab, L layer, R rank. Einsum letters are the axis names.
+
+Dtype policy, in one place: matrix products take operands in `dtype` (bfloat16 or float32) and
+accumulate and return float32; everything element-wise (norms, RoPE, softmax, GELU, residual sums)
+is float32; what is kept between layers is `dtype`.
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from gemma_lora.arch import Arch
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def dot(eqn: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype, frozen: bool) -> jax.Array:
+    """einsum(eqn, x, y) with operands in `dtype`, accumulated and returned in float32.
+
+    The backward casts the cotangent to `dtype` as well (the default transpose would run a float32
+    product). `frozen` says that y takes no gradient: its product is then never computed.
+    """
+    # A float32 product must be a float32 product on TPU as well (its default is bfloat16).
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return jnp.einsum(
+        eqn,
+        x.astype(dtype),
+        y.astype(dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _dot_fwd(eqn, x, y, dtype, frozen):
+    # The residual of x is kept in `dtype`: that is all the backward uses of it.
+    kept = None if frozen else x.astype(dtype)
+    return dot(eqn, x, y, dtype, frozen), (kept, y, jnp.zeros((), x.dtype))
+
+
+def _dot_bwd(eqn, dtype, frozen, residual, dz):
+    x, y, like = residual
+    operands, z = eqn.split("->")
+    xs, ys = operands.split(",")
+    dz = dz.astype(dtype)
+    dx = dot(f"{z},{ys}->{xs}", dz, y, dtype, True).astype(like.dtype)
+    dy = None if frozen else dot(f"{xs},{z}->{ys}", x, dz, dtype, True).astype(y.dtype)
+    return dx, dy
+
+
+dot.defvjp(_dot_fwd, _dot_bwd)
+
+
+class Einsum(nn.Module):
+    """The one place where a base weight meets an activation: y = einsum(eqn, x, w) (+ b).
+
+    `eqn` contracts the leading letters of the weight, e.g. 'BTD,DNH->BTNH'; the weight's letters
+    are its logical axis names. Input in any float dtype, output float32. The weight is frozen: it
+    takes no gradient here, by construction.
+    """
+
+    eqn: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    bias: bool = False
+
+    @property
+    def letters(self) -> tuple[str, str, str]:
+        """(input, weight, output) letters of eqn."""
+        operands, out = self.eqn.split("->")
+        x, w = operands.split(",")
+        return x, w, out
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        _, w_letters, out = self.letters
+        axes_out = tuple(c for c in w_letters if c in out)
+        fan_in = 1
+        for c, n in zip(w_letters, self.shape, strict=True):
+            fan_in *= 1 if c in out else n
+        init = nn.initializers.normal(fan_in**-0.5)
+        w = self.param(
+            "w", nn.with_logical_partitioning(init, tuple(w_letters)), self.shape, self.param_dtype
+        )
+        y = dot(self.eqn, x, w, self.dtype, True)
+        if self.bias:
+            shape = tuple(
+                n for c, n in zip(w_letters, self.shape, strict=True) if c in axes_out
+            )
+            init = nn.with_logical_partitioning(nn.initializers.zeros, axes_out)
+            b = self.param("b", init, shape, self.param_dtype)
+            y = y + jax.lax.stop_gradient(b).astype(jnp.float32)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + scale), or * scale, over the last axis. Input any float, output float32."""
+
+    axis: str
+    size: int
+    eps: float
+    plus_one: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        init = nn.with_logical_partitioning(init, (self.axis,))
+        scale = jax.lax.stop_gradient(self.param("scale", init, (self.size,), jnp.float32))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps)
+        return x * (1 + scale if self.plus_one else scale)
+
+
+def rope_table(positions: jax.Array, head_dim: int, base: float, factor: float) -> jax.Array:
+    """cos and sin of RoPE (arXiv:2104.09864) for positions [B,T] -> [2,B,T,1,H/2], float32."""
+    inverse = 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions.astype(jnp.float32)[..., None, None] * (inverse / factor)
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+
+
+def apply_rope(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Rotates the two halves of the last axis of x [B,T,N,H] (float32) by the table's angles."""
+    cos, sin = table
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def attention_mask(segments: jax.Array, window: int) -> jax.Array:
+    """[B,T] segment ids (0 is padding) -> bool [B,T,S]: causal, same segment, and, if window > 0,
+    fewer than `window` positions back."""
+    length = segments.shape[1]
+    i, j = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
+    visible = (j <= i) & ((j > i - window) if window else True)
+    return visible & (segments[:, :, None] == segments[:, None, :])
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, softcap: float, dtype: jnp.dtype
+) -> jax.Array:
+    """The reference: softmax(softcap(q k^T)) v over grouped heads.
+
+    q [B,T,N,H] (already scaled), k and v [B,S,K,H], mask [B,T,S]; returns [B,T,N,H] float32.
+    A fully masked row cannot occur: every position sees itself.
+    """
+    batch, length, heads, head_dim = q.shape
+    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim)
+    logits = dot("BTKGH,BSKH->BKGTS", q, k, dtype, False)
+    if softcap:
+        logits = jnp.tanh(logits / softcap) * softcap
+    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(logits, axis=-1)
+    out = dot("BKGTS,BSKH->BTKGH", probs, v, dtype, False)
+    return out.reshape(batch, length, heads, head_dim)
+
+
+class Projections(nn.Module):
+    """Makes the named Einsums of a block; `wrap(einsum, path)` may put an adapter round each."""
+
+    arch: Arch
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    wrap: Callable[[Einsum, str], nn.Module]
+
+    def proj(self, name: str, eqn: str, bias: bool = False) -> nn.Module:
+        a = self.arch
+        sizes = {
+            "D": a.embed, "N": a.heads, "K": a.kv_heads, "H": a.head_dim, "F": a.hidden
+        }  # fmt: skip
+        shape = tuple(sizes[c] for c in eqn.split(",")[1].split("->")[0])
+        base = Einsum(eqn, shape, self.dtype, self.param_dtype, bias, name=name)
+        return self.wrap(base, f"{self.name}/{name}")
+
+    def norm(self, name: str, axis: str, size: int) -> RMSNorm:
+        return RMSNorm(axis, size, self.arch.eps, self.arch.norm_plus_one, name=name)
+
+
+class Attention(Projections):
+    """[B,T,D] -> [B,T,D] float32."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rope: jax.Array, mask: jax.Array) -> jax.Array:
+        a = self.arch
+        q = self.proj("q_proj", "BTD,DNH->BTNH", a.qkv_bias)(x)
+        k = self.proj("k_proj", "BTD,DKH->BTKH", a.qkv_bias)(x)
+        v = self.proj("v_proj", "BTD,DKH->BTKH", a.qkv_bias)(x)
+        v = checkpoint_name(v.astype(self.dtype), "v")
+        q = checkpoint_name(q.astype(self.dtype), "q")
+        k = checkpoint_name(k.astype(self.dtype), "k")
+        if a.qk_norm:
+            q = self.norm("q_norm", "H", a.head_dim)(q)
+            k = self.norm("k_norm", "H", a.head_dim)(k)
+        q = apply_rope(q.astype(jnp.float32), rope) * a.query_scale**-0.5
+        k = apply_rope(k.astype(jnp.float32), rope)
+        out = attention(q, k, v, mask, a.attn_softcap, self.dtype)
+        out = checkpoint_name(out.astype(self.dtype), "attn")
+        return self.proj("o_proj", "BTNH,NHD->BTD")(out)
+
+
+class MLP(Projections):
+    """[B,T,D] -> [B,T,D] float32: down(act(gate(x)) * up(x))."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = self.proj("gate_proj", "BTD,DF->BTF")(x)
+        up = self.proj("up_proj", "BTD,DF->BTF")(x)
+        gate = checkpoint_name(gate.astype(self.dtype), "gate").astype(jnp.float32)
+        up = checkpoint_name(up.astype(self.dtype), "up").astype(jnp.float32)
+        act = nn.gelu(gate, approximate=True) if self.arch.gelu else nn.silu(gate)
+        return self.proj("down_proj", "BTF,FD->BTD")((act * up).astype(self.dtype))

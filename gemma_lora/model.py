@@ -1,0 +1,158 @@
+"""The decoder: one homogeneous scan over layers, adapters attached through `wrap`.
+
+Letters as in layers.py. Variable collections: 'params' holds the base weights, 'lora' what `wrap`
+adds, two trees with the same paths; every leaf under layers/ is stacked on a leading L axis.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gemma_lora.arch import Arch
+from gemma_lora.errors import UserError, nearest
+from gemma_lora.layers import MLP, Attention, Einsum, RMSNorm, attention_mask, rope_table
+
+Wrap = Callable[[Einsum, str], nn.Module]
+
+_MATMULS = ("q", "k", "v", "attn", "gate", "up")
+# What the backward finds saved from the forward. 'matmuls' recomputes only element-wise work:
+# no base matrix product runs twice except the output projections, whose results nobody needs.
+REMAT: dict[str, Any] = {
+    "none": None,
+    "matmuls": jax.checkpoint_policies.save_only_these_names(*_MATMULS),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def no_wrap(einsum: Einsum, path: str) -> nn.Module:
+    """The base model: no adapter anywhere."""
+    return einsum
+
+
+class Block(nn.Module):
+    """One decoder layer: x [B,T,D] -> x [B,T,D], both in `dtype`."""
+
+    arch: Arch
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    wrap: Wrap
+
+    @nn.compact
+    def __call__(self, x, is_local, rope, mask):
+        a = self.arch
+
+        def norm(name, y):
+            return RMSNorm("D", a.embed, a.eps, a.norm_plus_one, name=name)(y)
+
+        # Local and global layers differ in these two inputs only.
+        rope = jnp.where(is_local, rope[0], rope[1])
+        mask = jnp.where(is_local, mask[0], mask[1])
+        common = (a, self.dtype, self.param_dtype, self.wrap)
+        y = Attention(*common, name="attn")(norm("pre_attn_norm", x), rope, mask)
+        if a.post_norms:
+            y = norm("post_attn_norm", y)
+        x = (x + y).astype(self.dtype)
+        y = MLP(*common, name="mlp")(norm("pre_mlp_norm", x))
+        if a.post_norms:
+            y = norm("post_mlp_norm", y)
+        return (x + y).astype(self.dtype), None
+
+
+class Transformer(nn.Module):
+    """tokens, segments, positions [B,T] int32 -> final hidden states [B,T,D] in `dtype`.
+
+    Segment 0 is padding; a position sees only its own segment. Dropout of adapters is on exactly
+    when `apply` is given a 'dropout' rng.
+    """
+
+    arch: Arch
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    wrap: Wrap = no_wrap
+    remat: str = "none"
+    unroll: bool = False
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, segments: jax.Array, positions: jax.Array) -> jax.Array:
+        a = self.arch
+        if self.remat not in REMAT:
+            raise UserError(f"remat {self.remat!r} is unknown, {nearest(self.remat, REMAT)}")
+        table = self.embedding("embed")
+        x = jnp.take(jax.lax.stop_gradient(table), tokens, axis=0).astype(self.dtype)
+        if a.scale_embed:
+            # Hugging Face rounds sqrt(D) to the weights' dtype before multiplying.
+            x = x * jnp.asarray(a.embed**0.5, self.dtype)
+        if not a.tied:
+            self.embedding("head")  # read by head_weight(), declared here for init
+        rope = jnp.stack(
+            [
+                rope_table(positions, a.head_dim, a.rope_local_base, 1.0),
+                rope_table(positions, a.head_dim, a.rope_base, a.rope_factor),
+            ]
+        )
+        mask = jnp.stack([attention_mask(segments, a.window), attention_mask(segments, 0)])
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(block, policy=REMAT[self.remat], prevent_cse=self.unroll)
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=a.layers,
+            unroll=a.layers if self.unroll else 1,
+            metadata_params={nn.PARTITION_NAME: "L"},
+        )
+        layers = stack(a, self.dtype, self.param_dtype, self.wrap, name="layers")
+        x, _ = layers(x, jnp.asarray(a.is_local), rope, mask)
+        x = RMSNorm("D", a.embed, a.eps, a.norm_plus_one, name="final_norm")(x)
+        return x.astype(self.dtype)
+
+    def embedding(self, name: str) -> jax.Array:
+        """A [V,D] table, random at a scale that keeps the logits of a random model near 1."""
+        shape = (self.arch.vocab, self.arch.embed)
+        init = nn.initializers.normal(self.arch.embed**-0.5)
+        init = nn.with_logical_partitioning(init, ("V", "D"))
+        return Table(shape, init, self.param_dtype, name=name)()
+
+    def abstract(self) -> dict[str, Any]:
+        """Shapes, dtypes and axis names of every variable, without allocating anything."""
+        token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        return jax.eval_shape(self.init, jax.random.key(0), token, token, token)
+
+
+class Table(nn.Module):
+    """One [V,D] array named 'w'."""
+
+    shape: tuple[int, int]
+    init_fn: Callable
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("w", self.init_fn, self.shape, self.param_dtype)
+
+
+def head_weight(params: dict[str, Any], arch: Arch) -> jax.Array:
+    """The [V,D] matrix that turns hidden states into logits."""
+    return params["embed" if arch.tied else "head"]["w"]
+
+
+def logits(hidden: jax.Array, head: jax.Array, arch: Arch, dtype: jnp.dtype) -> jax.Array:
+    """[B,T,D], [V,D] -> [B,T,V] float32, soft-capped where the model is.
+
+    For tests, verification and short prompts; training and evaluation use loss.token_stats, which
+    never holds this array.
+    """
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    z = jnp.einsum(
+        "BTD,VD->BTV",
+        hidden.astype(dtype),
+        head.astype(dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return jnp.tanh(z / arch.final_softcap) * arch.final_softcap if arch.final_softcap else z

