@@ -1,0 +1,1 @@
+"""LoRA fine-tuning of Gemma and Qwen2 in JAX."""

@@ -56,8 +56,7 @@ class Arch:
         family = config.get("model_type", "")
         if family not in FAMILIES:
             raise UserError(
-                f"config.json: model_type {family!r} is not supported, "
-                + nearest(family, FAMILIES)
+                f"config.json: model_type {family!r} is not supported, " + nearest(family, FAMILIES)
             )
         missing = [k for k in _HF_SIZES.values() if k not in config]
         if missing:
@@ -106,7 +105,9 @@ def _hf_rope(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, float]
     sliding = nested.get("sliding_attention") or {}
     kind = full.get("rope_type", full.get("type", "default"))
     if kind not in ("default", "linear"):
-        raise UserError(f"config.json: RoPE type {kind!r} is not supported (valid: default, linear)")
+        raise UserError(
+            f"config.json: RoPE type {kind!r} is not supported (valid: default, linear)"
+        )
     local = config.get("rope_local_base_freq", fields.get("rope_local_base", 10_000.0))
     return {
         "rope_base": float(full.get("rope_theta", fields["rope_base"])),

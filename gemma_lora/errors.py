@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read, and the helper that names the nearest valid choices."""
+"""The one exception a user is meant to read, and the helper that names near valid choices."""
 
 import difflib
 import sys

@@ -90,9 +90,7 @@ class Einsum(nn.Module):
         )
         y = dot(self.eqn, x, w, self.dtype, True)
         if self.bias:
-            shape = tuple(
-                n for c, n in zip(w_letters, self.shape, strict=True) if c in axes_out
-            )
+            shape = tuple(n for c, n in zip(w_letters, self.shape, strict=True) if c in axes_out)
             init = nn.with_logical_partitioning(nn.initializers.zeros, axes_out)
             b = self.param("b", init, shape, self.param_dtype)
             y = y + jax.lax.stop_gradient(b).astype(jnp.float32)

@@ -82,9 +82,7 @@ def _pass(softcap, chunk, hidden, targets, head, want_grad):
     steps = -(-vocab // chunk)
     dtype = hidden.dtype
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    einsum = functools.partial(
-        jnp.einsum, precision=precision, preferred_element_type=jnp.float32
-    )
+    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     low = jnp.finfo(jnp.float32).min
 
     def step(run: _Running, i: jax.Array):

@@ -58,7 +58,7 @@ class Tokenizer:
     model was trained with BOS before every text; no method here adds it.
     """
 
-    backend: tokenizers.Tokenizer
+    backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
     bos_id: int | None
     eos_id: int
     pad_id: int
@@ -76,8 +76,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         """As `encode`, in parallel; each result has `.ids` and `.offsets`.
 
-        `offsets[i]` is token i's (start, end) in characters of the text. The byte tokens that share
-        a character each get that whole character.
+        `offsets[i]` is token i's (start, end) in characters of the text. Tokens that share a
+        character each get all of it; of characters that Qwen2's NFC joins, only the first counts.
         """
         return self.backend.encode_batch(list(texts), add_special_tokens=False)
 
@@ -135,15 +135,10 @@ class Tokenizer:
                 "the vocabulary's scores do not fall from one piece to the next, as those of "
                 "SentencePiece BPE do; use the model's tokenizer.json instead"
             )
-        special = _check_ids(bos_id, eos_id, pad_id, size=len(pieces))
-        special.update(np.flatnonzero(np.isin(types, (_UNKNOWN, _CONTROL))).tolist())
+        named = _check_ids(bos_id, eos_id, pad_id, size=len(pieces))
         # GGUF spells runs of spaces with spaces; the normaliser turns those of the text into "▁".
         pieces = ["▁" * len(p) if p and not p.strip(" ") else p for p in pieces]
-        added = {
-            i: i in special
-            for i in sorted(special.union(np.flatnonzero(types == _USER_DEFINED).tolist()))
-            if pieces[i].strip("▁")
-        }
+        added = _added(pieces, types, named)
         bos = bos_id if add_bos else None
         inputs = json.dumps([_CACHE_VERSION, pieces, added, bos], ensure_ascii=False)
         digest = hashlib.sha256(inputs.encode()).hexdigest()
@@ -172,7 +167,9 @@ class Tokenizer:
         )
         bos_id = metadata.get("tokenizer.ggml.bos_token_id")
         pad_id = metadata.get("tokenizer.ggml.padding_token_id")
-        add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"))
+        add_bos = bos_id is not None and bool(
+            metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")
+        )
         if kind == "llama":
             if metadata.get("tokenizer.ggml.add_space_prefix", False):
                 raise UserError(
@@ -197,12 +194,7 @@ class Tokenizer:
                 f"the GGUF's tokenizer.ggml.pre is {pre!r}; of the byte-level vocabularies only "
                 "'qwen2' is supported: use the model's tokenizer.json instead"
             )
-        special = _check_ids(bos_id, eos_id, pad_id, size=len(pieces))
-        added = {
-            i: t == _CONTROL or i in special
-            for i, t in enumerate(types)
-            if t in (_CONTROL, _USER_DEFINED) or i in special
-        }
+        added = _added(pieces, types, _check_ids(bos_id, eos_id, pad_id, size=len(pieces)))
         text = _backend_json(
             pieces,
             get("merges"),
@@ -320,13 +312,13 @@ class Tokenizer:
         _check_ids(*ids.values(), size=backend.get_vocab_size())
         add_bos = config.get("add_bos_token")
         if add_bos is None:
-            add_bos = ids["bos"] is not None and before[:1] == [ids["bos"]]
+            add_bos = before[:1] == [ids["bos"]]
         return cls(
             backend,
             ids["bos"],
             ids["eos"],
             ids["eos"] if ids["pad"] is None else ids["pad"],
-            add_bos,
+            ids["bos"] is not None and add_bos,
         )
 
 
@@ -347,6 +339,16 @@ def _check_ids(bos_id: int | None, eos_id: int, pad_id: int | None, *, size: int
             "tokenizer files of one model"
         )
     return ids
+
+
+def _added(pieces: Sequence[str], types: Any, named: set[int]) -> dict[int, bool]:
+    """Ids of pieces matched whole in the text, each with whether it is a special token.
+
+    Runs of spaces are left to the merges, which the normaliser's "▁" reaches.
+    """
+    special = named.union(np.flatnonzero(np.isin(types, (_UNKNOWN, _CONTROL))).tolist())
+    whole = special.union(np.flatnonzero(np.equal(types, _USER_DEFINED)).tolist())
+    return {i: i in special for i in sorted(whole) if pieces[i].strip("▁")}
 
 
 def _cached(path: Path, build: Callable[[], str], *, size: int) -> tokenizers.Tokenizer:
@@ -405,7 +407,7 @@ def _backend_json(
     model: Mapping[str, Any],
     **parts: Any,
 ) -> str:
-    """A tokenizer.json. `added` maps ids matched whole in the text to whether they are special.
+    """A tokenizer.json; `added` as from `_added`, `parts` its other entries.
 
     Merges are 'left right' strings: the file loads a third faster than with pairs.
     """
@@ -443,8 +445,11 @@ def _backend_json(
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in `path`; empty where there is no such file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON ({e}); get the file again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a JSON {type(found).__name__}, not an object; get it again")
+    return found

@@ -91,9 +91,15 @@ def logits(base: str, tokens: np.ndarray) -> np.ndarray:
 
 
 def summary(logits: np.ndarray) -> Values:
-    """What a golden keeps of [B, T, V] logits: argmax and logsumexp [B, T], a sample of logits."""
+    """What a golden keeps of [B, T, V] logits: argmax and logsumexp [B, T], a sample of logits.
+
+    'gap' [B, T] is the lead of the argmax over the second best: where it is within rounding, the
+    argmax is not a fact.
+    """
+    best = np.partition(logits, -2, axis=-1)[..., -2:]
     return {
         "argmax": logits.argmax(-1).astype(np.int32),
+        "gap": best[..., 1] - best[..., 0],
         "logsumexp": torch.from_numpy(logits).logsumexp(-1).numpy(),
         "logits": logits[:, ::STRIDE, VOCAB_IDS],
     }

@@ -1,0 +1,1 @@
+"""Sources of rows, templates, packing, batches."""

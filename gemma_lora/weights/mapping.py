@@ -160,7 +160,9 @@ def _check(tensors: Tensors, table: dict[str, str], flat: dict[str, Any], arch: 
         twice = sorted({n for n in got if got.count(n) > 1})
         raise UserError(f"the checkpoint holds tensors twice: {_some(twice)}")
     # A tied head may be written out as well; it is the embedding table again.
-    extra = set(got) - expected.keys() - ({"lm_head.weight", "output.weight"} if arch.tied else set())
+    extra = (
+        set(got) - expected.keys() - ({"lm_head.weight", "output.weight"} if arch.tied else set())
+    )
     missing = expected.keys() - set(got)
     if missing or extra:
         hint = ""
@@ -176,7 +178,9 @@ def _check(tensors: Tensors, table: dict[str, str], flat: dict[str, Any], arch: 
         if tuple(tensors.shape(n)) != tuple(shape)
     ]
     if wrong:
-        raise UserError(f"{len(wrong)} tensors of the checkpoint have a wrong shape: {_some(wrong)}")
+        raise UserError(
+            f"{len(wrong)} tensors of the checkpoint have a wrong shape: {_some(wrong)}"
+        )
 
 
 def _some(items: list[str]) -> str:

@@ -1,0 +1,18 @@
+"""Gemma 3 270M on generated word problems: minutes on two CPU cores."""
+
+from gemma_lora.config import default
+
+
+def get_config():
+    c = default()
+    c.arch = "gemma3_270m"
+    c.weights = "demo"
+    c.data.source = "generated:600"
+    c.data.loss_on = "completion"
+    c.data.seq_len = 256
+    c.data.batch_size = 4
+    c.data.pack = True
+    c.train.max_steps = 40
+    c.train.eval_every = 20
+    c.train.eval_examples = 60
+    return c

@@ -1,0 +1,229 @@
+"""Rows -> tokens with a loss mask -> batches of one fixed shape; `batch_at(step)` is pure.
+
+Letters: B rows of a batch, T tokens of a row, C positions of a row that carry loss.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from typing import Any
+
+import grain
+import numpy as np
+
+from gemma_lora.data import templates
+from gemma_lora.data.packing import pack
+from gemma_lora.errors import UserError
+from gemma_lora.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One tokenised example. Targets tokens[loss_from:] carry loss; loss_from >= 1."""
+
+    id: str
+    tokens: np.ndarray
+    loss_from: int
+    text: str
+    completion: int  # index of the completion's first character
+
+    @property
+    def load(self) -> int:
+        """Number of targets that carry loss."""
+        return len(self.tokens) - self.loss_from
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenized:
+    """What became of the rows: examples, and those that could not be used or not whole."""
+
+    examples: list[Example]
+    truncated: list[str]  # ids cut at seq_len: they do not train their stop token
+    dropped: list[str]  # ids whose prompt fills seq_len: nothing of them carries loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Arrays for the step, and which example each loss position belongs to.
+
+    tokens, segments, positions [B,T]; loss_pos (index into T of the predicting position), targets
+    and loss_mask [B,C]; owner [B,C] is the example's index in the data set, -1 where masked.
+    """
+
+    arrays: dict[str, np.ndarray]
+    owner: np.ndarray
+
+
+def tokenize(rows: list[dict[str, Any]], tokenizer: Tokenizer, data: Any, where: str) -> Tokenized:
+    """Renders and tokenises rows as [bos] text [eos], cut at data.seq_len.
+
+    data.loss_on: 'all' (every target after the first token) or 'completion' (the tokens that hold
+    a character of the completion, and eos).
+    """
+    if data.loss_on not in ("completion", "all"):
+        raise UserError(f"data.loss_on is {data.loss_on!r}, expected 'completion' or 'all'")
+    variants = templates.choose(data.template, rows[0], where)
+    texts, starts = zip(
+        *(
+            templates.render(variants, row, tuple(data.labels), f"{where}, row {row['id']}")
+            for row in rows
+        ),
+        strict=True,
+    )
+    bos = [tokenizer.bos_id] if tokenizer.add_bos else []
+    examples, truncated, dropped = [], [], []
+    encodings = tokenizer.encode_batch(list(texts))
+    for row, text, start, encoding in zip(rows, texts, starts, encodings, strict=True):
+        ids = [*bos, *encoding.ids, tokenizer.eos_id]
+        if tokenizer.add_bos and ids.count(tokenizer.bos_id) != 1:
+            raise UserError(f"{where}, row {row['id']}: the text itself holds the bos token")
+        loss_from = 1
+        if data.loss_on == "completion":
+            # The first token with a character of the completion; eos if the completion is empty.
+            inside = (i for i, (_, end) in enumerate(encoding.offsets) if end > start)
+            loss_from = max(1, len(bos) + next(inside, len(encoding.ids)))
+        if len(ids) > data.seq_len:
+            truncated.append(row["id"])
+        tokens = np.asarray(ids[: data.seq_len], np.int32)
+        if loss_from >= len(tokens):
+            dropped.append(row["id"])
+            continue
+        examples.append(Example(row["id"], tokens, loss_from, text, start))
+    return Tokenized(examples, truncated, dropped)
+
+
+def subset(examples: list[Example], size: int, seed: int) -> list[Example]:
+    """The `size` examples whose hash of (seed, id) is smallest, in the given order."""
+
+    def rank(e: Example) -> bytes:
+        return hashlib.sha256(f"{seed}/{e.id}".encode()).digest()
+
+    chosen = {e.id for e in sorted(examples, key=rank)[:size]}
+    return [e for e in examples if e.id in chosen]
+
+
+def split(
+    examples: list[Example], fraction: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """(train, validation), by a hash of (seed, id): the order of the rows does not matter.
+
+    Exact counts, at least one in each. Raises UserError for fewer than two examples.
+    """
+    if len(examples) < 2:
+        raise UserError(f"{len(examples)} usable example(s): a split needs at least 2")
+    count = min(max(1, round(len(examples) * fraction)), len(examples) - 1)
+    validation = subset(examples, count, seed)
+    held_out = {e.id for e in validation}
+    return [e for e in examples if e.id not in held_out], validation
+
+
+class Dataset:
+    """Examples in batches [B,T] of this process's rows; every epoch sees each example once.
+
+    The last batch of an epoch is filled with empty rows. `shuffle` reorders each epoch by
+    (seed, epoch); without it (evaluation) there is one epoch in the given order.
+    """
+
+    def __init__(
+        self,
+        examples: list[Example],
+        *,
+        seq_len: int,
+        batch_size: int,
+        pack: bool,
+        seed: int,
+        shuffle: bool,
+        slots: int,
+        process: tuple[int, int] = (0, 1),
+    ):
+        index, count = process
+        if batch_size % count:
+            raise UserError(f"data.batch_size {batch_size} is not a multiple of {count} processes")
+        self.examples = examples
+        self.seq_len, self.batch_size, self.slots = seq_len, batch_size, slots
+        self._pack, self._shuffle, self._seed = pack, shuffle, seed
+        self._mine = slice(index * batch_size // count, (index + 1) * batch_size // count)
+        order = grain.MapDataset.range(len(examples)).seed(seed)
+        self._order = order.shuffle().repeat() if shuffle else order
+        self._lengths = [len(e.tokens) for e in examples]
+        self._loads = [e.load for e in examples]
+        # Packing an epoch costs milliseconds; the plan must be a function of the epoch alone.
+        self.plan = functools.lru_cache(maxsize=2)(self._plan)
+        self.steps_per_epoch = self._steps_per_epoch()
+
+    def _steps_per_epoch(self) -> int:
+        return -(-len(self.plan(0)) // self.batch_size)
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        """The rows of an epoch, each a list of examples."""
+        n = len(self.examples)
+        order = [int(self._order[epoch * n + i]) for i in range(n)]
+        if not self._pack:
+            return [[i] for i in order]
+        rows = pack(self._lengths, self._loads, order, self.seq_len, self.slots)
+        if not self._shuffle:
+            return rows
+        # Best-fit leaves long rows first; the order of rows must not follow their length.
+        mixed = grain.MapDataset.range(len(rows)).seed(self._seed + 1 + epoch).shuffle()
+        return [rows[int(mixed[i])] for i in range(len(rows))]
+
+    def batch_at(self, step: int) -> Batch:
+        """The batch of a step, from (seed, step) alone."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        rows = self.plan(epoch)[i * self.batch_size : (i + 1) * self.batch_size]
+        rows = [*rows, *[[]] * (self.batch_size - len(rows))][self._mine]
+        shape, wide = (len(rows), self.seq_len), (len(rows), self.slots)
+        tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+        loss_pos, targets = (np.zeros(wide, np.int32) for _ in range(2))
+        owner = np.full(wide, -1, np.int32)
+        for r, members in enumerate(rows):
+            at = slot = 0
+            for number, m in enumerate(members, 1):
+                e, n, load = self.examples[m], self._lengths[m], self._loads[m]
+                tokens[r, at : at + n] = e.tokens
+                segments[r, at : at + n] = number
+                positions[r, at : at + n] = np.arange(n)
+                loss_pos[r, slot : slot + load] = np.arange(at + e.loss_from, at + n) - 1
+                targets[r, slot : slot + load] = e.tokens[e.loss_from :]
+                owner[r, slot : slot + load] = m
+                at, slot = at + n, slot + load
+        arrays = {
+            "tokens": tokens,
+            "segments": segments,
+            "positions": positions,
+            "loss_pos": loss_pos,
+            "targets": targets,
+            "loss_mask": (owner >= 0).astype(np.float32),
+        }
+        return Batch(arrays, owner)
+
+    def batches(self, start: int, stop: int) -> grain.IterDataset:
+        """Batches start..stop-1, made ahead in the background."""
+        source = grain.MapDataset.range(start, stop).map(self.batch_at)
+        return source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+
+    @property
+    def fill(self) -> float:
+        """Share of the first epoch's token positions that are not padding."""
+        return sum(self._lengths) / (self.steps_per_epoch * self.batch_size * self.seq_len)
+
+    def fingerprint(self) -> str:
+        """A hash of every example's id, tokens and mask, in order."""
+        h = hashlib.sha256()
+        for e in self.examples:
+            h.update(f"{e.id}/{e.loss_from}/".encode() + e.tokens.tobytes())
+        return h.hexdigest()[:16]
+
+
+def loss_slots(examples: list[Example], seq_len: int, packed: bool) -> int:
+    """C: a row's capacity of loss positions, a multiple of 8.
+
+    Unpacked, the largest example's need. Packed, the average density of a full row plus a sixth
+    (the packer fills rows up to this bound), so that the head does not run on positions that carry
+    no loss.
+    """
+    need = max(e.load for e in examples)
+    if packed:
+        density = sum(e.load for e in examples) / sum(len(e.tokens) for e in examples)
+        need = max(need, round(seq_len * density * 7 / 6))
+    return min(-(-need // 8) * 8, -(-seq_len // 8) * 8)

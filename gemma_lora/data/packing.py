@@ -1,0 +1,39 @@
+"""Which examples share a row: best-fit decreasing, planned before the epoch begins."""
+
+from collections.abc import Sequence
+
+
+def pack(
+    lengths: Sequence[int], loads: Sequence[int], order: Sequence[int], size: int, slots: int
+) -> list[list[int]]:
+    """Examples 0..n-1 -> rows of at most `size` tokens and at most `slots` loss positions.
+
+    Best-fit decreasing (a row at most 11/9 of the optimum's count plus one): longest first, into
+    the fullest row that takes it. `order` breaks ties between examples of equal length and load,
+    so rows differ from epoch to epoch while their number does not. Every example fits alone.
+    """
+    by_length = sorted(order, key=lambda i: (-lengths[i], -loads[i]))
+    rows: list[list[int]] = []
+    loss_left: list[int] = []
+    open_rows: list[list[int]] = [[] for _ in range(size + 1)]  # by tokens left
+    for i in by_length:
+        fit = next(
+            (
+                (left, row)
+                for left in range(lengths[i], size + 1)
+                for row in open_rows[left]
+                if loss_left[row] >= loads[i]
+            ),
+            None,
+        )
+        if fit is None:
+            left, row = size, len(rows)
+            rows.append([])
+            loss_left.append(slots)
+        else:
+            left, row = fit
+            open_rows[left].remove(row)
+        rows[row].append(i)
+        loss_left[row] -= loads[i]
+        open_rows[left - lengths[i]].append(row)
+    return rows

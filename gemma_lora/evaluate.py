@@ -1,0 +1,178 @@
+"""Evaluation of a whole set: metrics and one ledger row per example, from the same sums.
+
+    python -m gemma_lora.evaluate --config C [--adapter DIR] --config.data.path=F --out DIR
+
+prints one JSON line and writes DIR/ledger/*.parquet. Without --adapter it evaluates the base model.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from absl import flags
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from gemma_lora.config import parse_flags
+from gemma_lora.data import sources
+from gemma_lora.data.dataset import Dataset, Example, loss_slots, tokenize
+from gemma_lora.errors import UserError, run_main
+from gemma_lora.files import replace_file
+from gemma_lora.model import no_wrap
+from gemma_lora.sharding import batch_sharding, make_mesh, to_global, tree_shardings
+from gemma_lora.step import make_eval_step
+from gemma_lora.weights import peft
+from gemma_lora.weights.pretrained import build_model, load_base, open_weights
+
+# The columns of a ledger row; nll in nats, sums and largest in float64 over the example's tokens.
+COLUMNS = {
+    "id": pyarrow.string(),
+    "split": pyarrow.string(),
+    "step": pyarrow.int64(),
+    "tokens": pyarrow.int64(),
+    "nll": pyarrow.float64(),
+    "nll_max": pyarrow.float64(),
+    "correct": pyarrow.int64(),
+    "margin": pyarrow.float64(),
+    "el2n": pyarrow.float64(),
+}
+
+
+def ledger_rows(
+    eval_step: Callable, lora: Any, base: Any, data: Dataset, mesh: Mesh, split: str, step: int
+) -> dict[str, np.ndarray]:
+    """Runs the set once, dropout off -> one row per example, in the set's order, as columns.
+
+    tokens: targets that carry loss; nll: their summed -log p; nll_max: the largest; correct: how
+    many are the greedy choice; margin and el2n: means over the tokens.
+    """
+    n = len(data.examples)
+    sums = {k: np.zeros(n) for k in ("tokens", "nll", "correct", "margin", "el2n")}
+    largest = np.full(n, -np.inf)
+    for i in range(data.steps_per_epoch):
+        batch = data.batch_at(i)
+        stats = eval_step(lora, base, to_global(batch.arrays, mesh))
+        values = {
+            "nll": stats.nll, "correct": stats.correct, "margin": stats.margin, "el2n": stats.el2n
+        }  # fmt: skip
+        values, owner = _gather(values), _gather(batch.owner)
+        mine = owner >= 0
+        np.add.at(sums["tokens"], owner[mine], 1)
+        for name, x in values.items():
+            np.add.at(sums[name], owner[mine], x[mine].astype(np.float64))
+        np.maximum.at(largest, owner[mine], values["nll"][mine].astype(np.float64))
+    return {
+        "id": np.array([e.id for e in data.examples], object),
+        "split": np.array([split] * n, object),
+        "step": np.full(n, step, np.int64),
+        "tokens": sums["tokens"].astype(np.int64),
+        "nll": sums["nll"],
+        "nll_max": largest,
+        "correct": sums["correct"].astype(np.int64),
+        "margin": sums["margin"] / sums["tokens"],
+        "el2n": sums["el2n"] / sums["tokens"],
+    }
+
+
+def _gather(tree: Any) -> Any:
+    """Host copies of all processes' rows."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))
+
+
+def metrics(rows: dict[str, np.ndarray], batch_size: int) -> dict[str, float]:
+    """Token-weighted loss and accuracy of ledger rows, and TRL's versions under their own names.
+
+    TRL's eval_loss and eval_mean_token_accuracy are unweighted means of per-batch token means, so
+    they depend on the batch size.
+    """
+    tokens, nll, correct = (rows[k].astype(np.float64) for k in ("tokens", "nll", "correct"))
+    groups = np.arange(0, len(tokens), batch_size)
+    per_batch = np.add.reduceat(tokens, groups)
+    return {
+        "loss": float(nll.sum() / tokens.sum()),
+        "token_accuracy": float(correct.sum() / tokens.sum()),
+        "tokens": int(tokens.sum()),
+        "examples": len(tokens),
+        "trl_compat/eval_loss": float(np.mean(np.add.reduceat(nll, groups) / per_batch)),
+        "trl_compat/eval_mean_token_accuracy": float(
+            np.mean(np.add.reduceat(correct, groups) / per_batch)
+        ),
+    }
+
+
+def write_ledger(path: pathlib.Path, parts: list[dict[str, np.ndarray]]) -> None:
+    """One Parquet file of rows, written whole or not at all."""
+    columns = {k: np.concatenate([p[k] for p in parts]) for k in COLUMNS}
+    _write_table(path, pyarrow.table(columns, schema=pyarrow.schema(list(COLUMNS.items()))))
+
+
+def write_examples(path: pathlib.Path, sets: dict[str, Dataset]) -> None:
+    """The texts that the ledger's ids stand for: id, split, text, start of the completion."""
+    rows = [
+        {"id": e.id, "split": split, "text": e.text, "completion": e.completion}
+        for split, data in sets.items()
+        for e in data.examples
+    ]
+    _write_table(path, pyarrow.Table.from_pylist(rows))
+
+
+def _write_table(path: pathlib.Path, table: pyarrow.Table) -> None:
+    with replace_file(path) as temporary:
+        pyarrow.parquet.write_table(table, temporary)
+
+
+def fixed_set(examples: list[Example], config: Any, slots: int) -> Dataset:
+    """A set to evaluate: every example once, in order, in the training batch's shape."""
+    return Dataset(
+        examples,
+        seq_len=config.data.seq_len,
+        batch_size=config.data.batch_size,
+        pack=config.data.pack,
+        seed=config.seed,
+        shuffle=False,
+        slots=slots,
+        process=(jax.process_index(), jax.process_count()),
+    )
+
+
+ADAPTER = flags.DEFINE_string("adapter", "", "A PEFT adapter directory; the base model without.")
+OUT = flags.DEFINE_string("out", None, "Directory that takes the ledger.")
+
+
+def main() -> None:
+    config = parse_flags(("config", "out"))
+    out = pathlib.Path(OUT.value)
+    pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
+    wrap, lora = no_wrap, {}
+    if ADAPTER.value:
+        wrap, lora = peft.read(pathlib.Path(ADAPTER.value), pretrained.arch)
+    where = config.data.path or config.data.source
+    rows = sources.read(config.data.source, config.data.path, config.data.limit)
+    found = tokenize(rows, pretrained.tokenizer(), config.data, where)
+    if not found.examples:
+        raise UserError(f"{where}: no example has a token that carries loss within data.seq_len")
+    mesh = make_mesh(config.mesh)
+    model = build_model(pretrained.arch, config, wrap)
+    base = load_base(pretrained, model, mesh)
+    if lora:
+        lora = jax.device_put(lora, tree_shardings(model.abstract()["lora"], mesh))
+    slots = loss_slots(found.examples, config.data.seq_len, config.data.pack)
+    data = fixed_set(found.examples, config, slots)
+    step = jax.jit(make_eval_step(model, config.vocab_chunk), out_shardings=batch_sharding(mesh))
+    ledger = ledger_rows(step, lora, base, data, mesh, "eval", 0)
+    if jax.process_index() == 0:
+        write_ledger(out / "ledger" / "eval_000000.parquet", [ledger])
+        write_examples(out / "ledger" / "examples.parquet", {"eval": data})
+        left_out = {"truncated": len(found.truncated), "dropped": len(found.dropped)}
+        print(json.dumps({**metrics(ledger, config.data.batch_size), **left_out}), flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

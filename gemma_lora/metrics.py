@@ -1,0 +1,103 @@
+"""What a run tells while it runs: one line a step, metrics.jsonl, TensorBoard, a progress bar.
+
+Process 0 speaks; the others are silent.
+"""
+
+import json
+import math
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import tensorboardX
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gemma_lora.files import write_text
+
+
+def say(text: str = "") -> None:
+    """Prints a line, once over all processes."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def banner(title: str, facts: dict[str, Any]) -> None:
+    """A section of the run's opening scroll: a title and one line a fact."""
+    say(f"\n== {title} " + "=" * max(0, 76 - len(title)))
+    for name, value in facts.items():
+        say(f"   {name:<22} {value}")
+
+
+class Metrics:
+    """Writes records to <workdir>/metrics.jsonl and TensorBoard, lines to the terminal."""
+
+    def __init__(self, workdir: pathlib.Path, start: int, total: int):
+        """Drops what an earlier run wrote after step `start`: it will be written again."""
+        self._on = jax.process_index() == 0
+        if not self._on:
+            return
+        self.path = workdir / "metrics.jsonl"
+        old = read(self.path) if self.path.exists() else []
+        kept = [r for r in old if r["step"] <= start and start]
+        write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._bar = None
+        if sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=Console(file=sys.stdout),
+                transient=True,
+            )
+            self._task = self._bar.add_task("train", total=total, completed=start)
+            self._bar.start()
+
+    def write(self, record: dict[str, Any], line: str) -> None:
+        """Appends a record (numbers that are not finite become null) and prints its line."""
+        if not self._on:
+            return
+        clean = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        for k, v in clean.items():
+            if isinstance(v, (int, float)) and k != "step":
+                name = k if "/" in k else f"{record['kind']}/{k}"
+                self._board.add_scalar(name, v, record["step"])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"])
+            self._bar.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self._on:
+            if self._bar is not None:
+                self._bar.stop()
+            self._file.close()
+            self._board.close()
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a line cut short by a kill ends them."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def clock(seconds: float) -> str:
+    """3671.2 -> '1:01:11'."""
+    m, s = divmod(round(seconds), 60)
+    h, m = divmod(m, 60)
+    return f"{h}:{m:02d}:{s:02d}" if h else f"{m}:{s:02d}"

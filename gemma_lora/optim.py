@@ -1,0 +1,40 @@
+"""Learning-rate schedule and optimizer from the config."""
+
+from typing import Any
+
+import optax
+
+from gemma_lora.errors import UserError, nearest
+
+# What follows the warmup: (peak, steps of decay) -> schedule. All end at 0 as Hugging Face's do.
+SCHEDULES = {
+    "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
+    "cosine": lambda peak, steps: optax.cosine_decay_schedule(peak, steps),
+    "constant": lambda peak, steps: optax.constant_schedule(peak),
+}
+
+
+def schedule(optim: Any, steps: int) -> optax.Schedule:
+    """Learning rate of update i = 0 ... steps - 1: linear warmup from 0, then optim.schedule.
+
+    As transformers' get_scheduler: update i < warmup uses lr * i / warmup.
+    """
+    if optim.schedule not in SCHEDULES:
+        raise UserError(
+            f"optim.schedule {optim.schedule!r} is unknown, {nearest(optim.schedule, SCHEDULES)}"
+        )
+    warmup = optim.warmup_steps
+    if not 0 <= warmup < steps:
+        raise UserError(f"optim.warmup_steps is {warmup}, expected 0 <= it < {steps} steps in all")
+    after = SCHEDULES[optim.schedule](optim.lr, steps - warmup)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, optim.lr, warmup), after], [warmup])
+
+
+def optimizer(optim: Any, steps: int) -> optax.GradientTransformation:
+    """Clip by the global norm (0: off), then AdamW with torch's defaults (0.9, 0.999, 1e-8)."""
+    adamw = optax.adamw(schedule(optim, steps), weight_decay=optim.weight_decay)
+    if not optim.clip:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(optim.clip), adamw)

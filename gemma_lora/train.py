@@ -1,0 +1,443 @@
+"""LoRA fine-tuning, as one scroll.
+
+    python -m gemma_lora.train --config configs/x.py --workdir DIR [--config.key=value ...]
+
+The same command continues a run that was interrupted.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+
+from gemma_lora import config as configs
+from gemma_lora import evaluate, report
+from gemma_lora.checkpoint import Checkpoints
+from gemma_lora.data import sources
+from gemma_lora.data.dataset import Dataset, Tokenized, loss_slots, split, subset, tokenize
+from gemma_lora.errors import UserError, run_main
+from gemma_lora.files import write_text
+from gemma_lora.lora import LoRAConfig, check_targets, count
+from gemma_lora.metrics import Metrics, banner, clock, say
+from gemma_lora.optim import optimizer, schedule
+from gemma_lora.sharding import batch_sharding, make_mesh, replicated, to_global, tree_shardings
+from gemma_lora.step import State, make_eval_step, make_train_step
+from gemma_lora.tokenizer import Tokenizer
+from gemma_lora.weights import peft
+from gemma_lora.weights.pretrained import build_model, load_base, open_weights
+from gemma_lora.workdir import claim
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; resumed if it exists.")
+
+
+def main() -> None:
+    config = configs.parse_flags(("config", "workdir"))
+    train(config, pathlib.Path(WORKDIR.value))
+
+
+def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
+    """Runs or resumes the training a config describes; returns the report."""
+    began = time.perf_counter()
+    phases: dict[str, float] = {}
+    mark = functools.partial(_mark, phases)
+
+    # ---- what and where -------------------------------------------------------------------------
+    plain = configs.to_dict(config)
+    begun = claim(workdir, plain, need_bytes=64 * 2**20)
+    wrap = LoRAConfig(**config.lora)
+    with mark("open weights"):
+        pretrained = open_weights(
+            config.weights, config.arch, config.weights_sha256, config.tokenizer
+        )
+        tokenizer = pretrained.tokenizer()
+    arch = pretrained.arch
+    mesh = make_mesh(config.mesh)
+    model = build_model(arch, config, wrap)
+    abstract = model.abstract()
+    adapted = check_targets(wrap, abstract["params"])
+    versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax")}
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    banner(
+        "model",
+        {
+            "arch": f"{config.arch}: {count(abstract['params']):,} frozen parameters",
+            "weights": f"{config.weights}  {pretrained.notice}",
+            "adapters": f"{count(abstract['lora']):,} trainable parameters on "
+            f"{', '.join(adapted)}; r {wrap.rank}, scale {wrap.scale:g}, dropout {wrap.dropout:g}",
+            "dtype": f"{config.dtype}, adapters float32; remat {config.remat}",
+            "devices": f"{device}, mesh {dict(mesh.shape)}, jax {versions['jax']}",
+        },
+    )
+
+    # ---- data -----------------------------------------------------------------------------------
+    with mark("read data"):
+        train_set, validation, probe, counts = load_data(config, tokenizer)
+    steps_per_epoch = train_set.steps_per_epoch
+    total = config.train.max_steps or config.train.epochs * steps_per_epoch
+    every = config.train.eval_every
+    every = max(1, round(every * steps_per_epoch)) if every < 1 else int(every)
+    _banner_data(config, train_set, counts, total, every)
+
+    # ---- weights, adapters, optimizer; or what an earlier run left ------------------------------
+    with mark("load weights"):
+        base = jax.block_until_ready(load_base(pretrained, model, mesh))
+    tx = optimizer(config.optim, total)
+    learning_rate = schedule(config.optim, total)
+    state = _init_state(config, model, abstract, tx, mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    notes: dict[str, Any] = {
+        "data": train_set.fingerprint() + validation.fingerprint(),
+        "best_loss": math.inf,
+        "best_step": 0,
+        "bad_evals": 0,
+        "seconds": 0.0,
+        "tokens": 0,
+        "loss_tokens": 0,
+    }
+    start = checkpoints.latest() if begun else None
+    if start is not None:
+        state, old = checkpoints.restore(start, state)
+        if old["data"] != notes["data"]:
+            raise UserError(f"the data has changed since the run in {workdir} began")
+        notes = old
+        say(f"   continuing from the checkpoint of step {start}")
+
+    # ---- compile once ---------------------------------------------------------------------------
+    with mark("compile"):
+        sample = to_global(train_set.batch_at(0).arrays, mesh)
+        train_step = jax.jit(
+            make_train_step(model, tx, config.train.micro_batches, config.vocab_chunk, config.seed),
+            donate_argnums=0,
+            out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
+        )
+        train_step = train_step.lower(state, base, sample).compile()
+        eval_step = jax.jit(
+            make_eval_step(model, config.vocab_chunk), out_shardings=batch_sharding(mesh)
+        )
+        eval_step = eval_step.lower(state.lora, base, sample).compile()
+    memory = train_step.memory_analysis()
+    banner(
+        "step",
+        {
+            "compiled in": f"{phases['compile']:.1f} s, train and eval step",
+            "memory a device": f"{memory.argument_size_in_bytes / 2**30:.2f} GiB arguments, "
+            f"{memory.temp_size_in_bytes / 2**30:.2f} GiB temporary",
+            "before the first step": clock(time.perf_counter() - began),
+        },
+    )
+
+    # ---- the loop -------------------------------------------------------------------------------
+    run: dict[str, Any] = {
+        "status": "running",
+        "arch": config.arch,
+        "weights": config.weights,
+        "trainable_parameters": count(abstract["lora"]),
+        "base_parameters": count(abstract["params"]),
+        "adapted_modules": len(adapted) * arch.layers,
+        "examples": counts,
+        "steps_planned": total,
+        "steps_per_epoch": steps_per_epoch,
+        "devices": device,
+        "versions": versions,
+        "data_fingerprint": notes["data"],
+        "phases": phases,
+        "nan": None,
+    }
+    metrics = Metrics(workdir, start or 0, total)
+    clock_start = time.perf_counter() - notes["seconds"]
+
+    def save_run(status: str, step: int, **more: Any) -> None:
+        run.update(
+            {k: notes[k] for k in ("best_step", "best_loss", "seconds", "tokens", "loss_tokens")},
+            status=status,
+            steps=step,
+            **more,
+        )
+        if jax.process_index() == 0:
+            write_text(workdir / "run.json", json.dumps(_finite(run), indent=2) + "\n")
+
+    def evaluate_now(step: int) -> float:
+        """Both fixed sets: ledger, metrics, best so far. Returns the validation loss."""
+        with mark("evaluate"):
+            parts = [
+                evaluate.ledger_rows(eval_step, state.lora, base, data, mesh, name, step)
+                for name, data in (("validation", validation), ("train_probe", probe))
+            ]
+        found = {p["split"][0]: evaluate.metrics(p, config.data.batch_size) for p in parts}
+        if jax.process_index() == 0:
+            evaluate.write_ledger(workdir / "ledger" / f"eval_{step:06d}.parquet", parts)
+        loss = found["validation"]["loss"]
+        better = loss < notes["best_loss"]
+        if better:
+            notes.update(best_loss=loss, best_step=step, bad_evals=0)
+        else:
+            notes["bad_evals"] += 1
+        notes["seconds"] = time.perf_counter() - clock_start
+        flat = {f"{s}/{k}": v for s, m in found.items() for k, v in m.items()}
+        metrics.write(
+            {"kind": "eval", "step": step, "epoch": step / steps_per_epoch, **flat,
+             "seconds": notes["seconds"]},
+            f"eval {step:>6}/{total}  validation loss {loss:.4f}  "
+            f"acc {found['validation']['token_accuracy']:.4f}  "
+            f"train-probe loss {found['train_probe']['loss']:.4f}"
+            + ("  best" if better else f"  no better for {notes['bad_evals']}"),
+        )  # fmt: skip
+        return loss
+
+    def log(step: int, sums: dict[str, jax.Array], batch_tokens: int, seconds: float) -> None:
+        """The record of a finished step; raises FloatingPointError when it is not finite."""
+        sums = {k: np.asarray(v, np.float64) for k, v in jax.device_get(sums).items()}
+        loss_tokens = sums["tokens"].sum()
+        loss = float(sums["nll"].sum() / loss_tokens)
+        norm = float(sums["grad_norm"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(step)
+        notes["tokens"] += batch_tokens
+        notes["loss_tokens"] += int(loss_tokens)
+        accuracy = float(sums["correct"].sum() / loss_tokens)
+        trl = float(np.mean(sums["correct"] / np.maximum(sums["tokens"], 1)))
+        rate = float(learning_rate(step - 1))
+        notes["seconds"] = time.perf_counter() - clock_start
+        metrics.write(
+            {"kind": "train", "step": step, "epoch": step / steps_per_epoch, "loss": loss,
+             "token_accuracy": accuracy, "trl_compat/mean_token_accuracy": trl, "lr": rate,
+             "grad_norm": norm, "tokens": batch_tokens, "loss_tokens": int(loss_tokens),
+             "seconds": notes["seconds"], "step_seconds": seconds},
+            f"step {step:>6}/{total}  epoch {step / steps_per_epoch:.2f}  loss {loss:.4f}  "
+            f"acc {accuracy:.4f}  lr {rate:.2e}  grad {norm:.3f}  {batch_tokens / seconds:,.0f} "
+            f"tok/s  eta {clock((total - step) * seconds)}",
+        )  # fmt: skip
+
+    with _Interrupt() as interrupt:
+        step = start or 0
+        status = "finished"
+        if start is None:
+            sets = {"train": train_set, "validation": validation, "train_probe": probe}
+            if jax.process_index() == 0:
+                evaluate.write_examples(workdir / "ledger" / "examples.parquet", sets)
+            loss = evaluate_now(0)
+            checkpoints.save(0, state, notes, loss)
+        save_run("running", step)
+        batches = iter(train_set.batches(step, total))
+        in_flight: tuple | None = None
+        last = time.perf_counter()
+        try:
+            while step < total and not _patience_over(notes, config):
+                batch = next(batches)
+                arrays = to_global(batch.arrays, mesh)
+                with jax.transfer_guard("disallow"):
+                    state, sums = train_step(state, base, arrays)
+                step += 1
+                # The device works on this step while the host reports the one before.
+                if in_flight is not None:
+                    log(*in_flight, seconds=time.perf_counter() - last)
+                    last = time.perf_counter()
+                in_flight = (step, sums, int(np.sum(batch.arrays["segments"] > 0)))
+                evaluating = step % every == 0 or step == total
+                saving = evaluating or step % config.train.save_every == 0
+                if saving or interrupt.asked:
+                    log(*in_flight, seconds=time.perf_counter() - last)
+                    in_flight = None
+                    loss = evaluate_now(step) if evaluating else None
+                    checkpoints.save(step, state, notes, loss)
+                    save_run("running", step)
+                    last = time.perf_counter()
+                if interrupt.asked:
+                    status = "interrupted"
+                    break
+            else:
+                if step < total:
+                    status = "stopped early"
+        except FloatingPointError as e:
+            bad = int(e.args[0])
+            owners = train_set.batch_at(bad - 1).owner
+            ids = [train_set.examples[i].id for i in np.unique(owners[owners >= 0])]
+            status, run["nan"] = "nan", {"steps": [bad, bad], "ids": ids}
+        finally:
+            metrics.close()
+            checkpoints.close()
+    save_run(status, step)
+
+    # ---- what is left behind --------------------------------------------------------------------
+    if status == "interrupted":
+        say(f"\ninterrupted after step {step}; the same command continues from there")
+        raise SystemExit(130)
+    best = Checkpoints(workdir / "checkpoints").restore(notes["best_step"], state)[0]
+    written = {}
+    if jax.process_index() == 0:
+        lora = jax.device_get(best.lora)
+        peft.export(workdir / "adapter", lora, wrap, arch, pretrained.base_name)
+        written = report.write(workdir)
+        say(f"\nadapter of step {notes['best_step']} (PEFT format): {workdir / 'adapter'}")
+        say(f"report: {workdir / 'report.md'}")
+    if status == "nan":
+        raise UserError(
+            f"the loss or gradient was not finite at step {run['nan']['steps'][0]}, on examples "
+            f"{', '.join(run['nan']['ids'])}; the adapter is that of step {notes['best_step']}"
+        )
+    return written
+
+
+def load_data(
+    config: Any, tokenizer: Tokenizer
+) -> tuple[Dataset, Dataset, Dataset, dict[str, int]]:
+    """(training set, validation set, train probe, counts), all in one batch shape.
+
+    The train probe is a fixed part of the training examples, as large as the validation set, on
+    which the same numbers are taken.
+    """
+    data = config.data
+
+    def read(path: str) -> Tokenized:
+        rows = sources.read(data.source, path, data.limit)
+        return tokenize(rows, tokenizer, data, path or data.source)
+
+    found = [read(data.path)]
+    if data.validation_path:
+        found.append(read(data.validation_path))
+        train_part, validation_part = found[0].examples, found[1].examples
+        shared = {e.id for e in train_part} & {e.id for e in validation_part}
+        if shared:
+            raise UserError(
+                f"{len(shared)} ids are in both data.path and data.validation_path, "
+                f"e.g. {min(shared)}"
+            )
+    else:
+        train_part, validation_part = split(
+            found[0].examples, data.validation_fraction, config.seed
+        )
+    if not train_part or not validation_part:
+        raise UserError(
+            f"{len(train_part)} training and {len(validation_part)} validation examples carry loss "
+            f"within data.seq_len {data.seq_len}; both sets need at least one"
+        )
+    if config.train.eval_examples:
+        validation_part = subset(validation_part, config.train.eval_examples, config.seed)
+    probe_part = subset(train_part, len(validation_part), config.seed)
+    slots = loss_slots(train_part + validation_part, data.seq_len, data.pack)
+    train_set = Dataset(
+        train_part,
+        seq_len=data.seq_len,
+        batch_size=data.batch_size,
+        pack=data.pack,
+        seed=config.seed,
+        shuffle=True,
+        slots=slots,
+        process=(jax.process_index(), jax.process_count()),
+    )
+    fixed = [evaluate.fixed_set(part, config, slots) for part in (validation_part, probe_part)]
+    counts = {
+        "train": len(train_part),
+        "validation": len(validation_part),
+        "train_probe": len(probe_part),
+        "truncated": sum(len(f.truncated) for f in found),
+        "dropped": sum(len(f.dropped) for f in found),
+    }
+    return train_set, *fixed, counts
+
+
+def _banner_data(
+    config: Any, train_set: Dataset, counts: dict[str, int], total: int, every: int
+) -> None:
+    data, train = config.data, config.train
+    steps = train_set.steps_per_epoch
+    facts = {
+        "source": data.path or data.source,
+        "examples": f"{counts['train']:,} train, {counts['validation']:,} validation, "
+        f"{counts['train_probe']:,} of train as probe",
+        "loss on": f"{data.loss_on} tokens",
+        "batch": f"{data.batch_size} rows = {train.micro_batches} micro-batches x "
+        f"{data.batch_size // train.micro_batches}; {data.seq_len} tokens a row, "
+        f"{train_set.slots} of them may carry loss; {100 * train_set.fill:.1f} % filled"
+        + (", packed" if data.pack else ""),
+        "epoch": f"{steps:,} steps, the last one filled up with empty rows",
+        "run": f"{total:,} steps = {total / steps:.2f} epochs; "
+        f"eval at 0 and every {every} steps: {1 + -(-total // every)} evals",
+    }
+    if counts["truncated"]:
+        facts["truncated"] = f"{counts['truncated']} examples are longer: their end is not trained"
+    if counts["dropped"]:
+        facts["dropped"] = (
+            f"{counts['dropped']} examples left out: the prompt fills data.seq_len, no loss token"
+        )
+    if train.patience and -(-total // every) <= train.patience:
+        facts["note"] = f"patience {train.patience} can never stop this run: lower train.eval_every"
+    banner("data", facts)
+
+
+def _init_state(config: Any, model: Any, abstract: Any, tx: Any, mesh: Any) -> State:
+    """Step 0: A random, B zero, on their shardings from the start."""
+    lora_shardings = tree_shardings(abstract["lora"], mesh)
+
+    def init(key: jax.Array) -> State:
+        token = jnp.zeros((1, 1), jnp.int32)
+        lora = nn.unbox(model.init(key, token, token, token)["lora"])
+        return State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
+
+    key = jax.random.key(config.seed)
+    opt_shardings = optax.tree_utils.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(init, key).opt_state,
+        lora_shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    out = State(replicated(mesh), lora_shardings, opt_shardings)
+    return jax.jit(init, out_shardings=out)(key)
+
+
+def _patience_over(notes: dict[str, Any], config: Any) -> bool:
+    return bool(config.train.patience) and notes["bad_evals"] >= config.train.patience
+
+
+def _finite(tree: Any) -> Any:
+    """JSON has no infinity: None instead."""
+    return jax.tree.map(
+        lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, tree
+    )
+
+
+@contextlib.contextmanager
+def _mark(phases: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds of a block to phases[name]."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        phases[name] = phases.get(name, 0.0) + time.perf_counter() - began
+
+
+class _Interrupt:
+    """While it is entered, SIGINT and SIGTERM (a preemption) ask for a stop after the step."""
+
+    def __enter__(self) -> "_Interrupt":
+        self.asked = False
+        self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:  # the second time means now
+            raise KeyboardInterrupt
+        self.asked = True
+        say("\nstopping after this step; once more to stop at once")
+
+    def __exit__(self, *exc: Any) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    run_main(main)

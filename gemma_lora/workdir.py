@@ -1,0 +1,45 @@
+"""The directory of a run: may this run use it, and what does it hold.
+
+config.json, run.json, metrics.jsonl, checkpoints/, ledger/ (Parquet), adapter/ (PEFT),
+report.json, report.md, learning_curve.png, tensorboard/.
+"""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+from gemma_lora.config import differences
+from gemma_lora.errors import UserError
+from gemma_lora.files import write_text
+
+
+def claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> bool:
+    """Makes the workdir this run's, before anything expensive; True if the run was begun before.
+
+    Raises UserError when it belongs to another run (naming the keys that differ), is not a
+    directory, cannot be written, or has less free space than `need_bytes`.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = workdir / "config.json"
+        begun = file.exists()
+        if begun:
+            differ = differences(config, json.loads(file.read_text()))
+            if differ:
+                raise UserError(
+                    f"workdir {workdir} belongs to a run with another config: "
+                    f"{'; '.join(differ)}. Give another --workdir, or the same config"
+                )
+        elif any(workdir.iterdir()):
+            raise UserError(f"workdir {workdir} is not empty and holds no run; give another one")
+        free = shutil.disk_usage(workdir).free
+        if free < need_bytes:
+            raise UserError(
+                f"workdir {workdir} has {free / 2**20:,.0f} MiB free, "
+                f"this run needs about {need_bytes / 2**20:,.0f} MiB"
+            )
+        write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    except OSError as e:
+        raise UserError(f"workdir {workdir} cannot be used: {e.strerror or e}") from e
+    return begun

