@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 
 from gemma_lora.config import parse_flags
 from gemma_lora.data import sources
-from gemma_lora.data.dataset import Dataset, Example, loss_slots, tokenize
+from gemma_lora.data.dataset import Dataset, loss_slots, tokenize
+from gemma_lora.data.pipeline import fixed_set
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import replace_file
 from gemma_lora.model import no_wrap
@@ -126,20 +127,6 @@ def write_examples(path: pathlib.Path, sets: dict[str, Dataset]) -> None:
 def _write_table(path: pathlib.Path, table: pyarrow.Table) -> None:
     with replace_file(path) as temporary:
         pyarrow.parquet.write_table(table, temporary)
-
-
-def fixed_set(examples: list[Example], config: Any, slots: int) -> Dataset:
-    """A set to evaluate: every example once, in order, in the training batch's shape."""
-    return Dataset(
-        examples,
-        seq_len=config.data.seq_len,
-        batch_size=config.data.batch_size,
-        pack=config.data.pack,
-        seed=config.seed,
-        shuffle=False,
-        slots=slots,
-        process=(jax.process_index(), jax.process_count()),
-    )
 
 
 ADAPTER = flags.DEFINE_string("adapter", "", "A PEFT adapter directory; the base model without.")

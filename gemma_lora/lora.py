@@ -117,8 +117,12 @@ def _uniform(fan_in: int):
 
 def check_targets(config: LoRAConfig, params: dict[str, Any]) -> list[str]:
     """The adapted paths of a base tree; raises UserError, listing all, when nothing matches."""
-    layers = params["layers"]
-    paths = [f"{m}/{p}" for m in layers for p, leaf in layers[m].items() if "w" in leaf]
+    paths = [
+        f"{module}/{name}"
+        for module, leaves in params["layers"].items()
+        for name, leaf in leaves.items()
+        if isinstance(leaf, dict) and "w" in leaf
+    ]
     found = [p for p in paths if config.matches(p)]
     if not found:
         raise UserError(

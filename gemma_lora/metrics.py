@@ -3,10 +3,13 @@
 Process 0 speaks; the others are silent.
 """
 
+import contextlib
 import json
 import math
 import pathlib
 import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -101,3 +104,40 @@ def clock(seconds: float) -> str:
     m, s = divmod(round(seconds), 60)
     h, m = divmod(m, 60)
     return f"{h}:{m:02d}:{s:02d}" if h else f"{m}:{s:02d}"
+
+
+class Timer:
+    """Wall seconds of a run, over restarts, and between two events."""
+
+    def __init__(self, before: float):
+        """`before`: seconds spent by earlier starts of the run."""
+        self._start = time.perf_counter() - before
+        self._lap = time.perf_counter()
+
+    def total(self) -> float:
+        return time.perf_counter() - self._start
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        now = time.perf_counter()
+        elapsed, self._lap = now - self._lap, now
+        return elapsed
+
+
+class Phases:
+    """Seconds spent in named parts of a run, summed by name in `seconds`."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def since_start(self) -> float:
+        return time.perf_counter() - self._start
+
+    @contextlib.contextmanager
+    def mark(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began

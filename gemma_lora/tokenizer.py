@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 
 from gemma_lora.errors import UserError, nearest
+from gemma_lora.files import cache_dir, replace_file
 
 # Piece types, numbered alike in SentencePiece's ModelProto and in GGUF's tokenizer.ggml.token_type.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -28,26 +29,6 @@ _QWEN2_SPLIT = (
 )
 
 _CACHE_VERSION = 1  # part of the cache key; raise it when _sentencepiece_json changes its output
-
-
-def cache_dir() -> Path:
-    """The package's cache folder: $XDG_CACHE_HOME/gemma_lora, by default ~/.cache/gemma_lora."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma_lora"
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; replaces `path` by it at once, unless the body fails.
-
-    Readers see the old file or the whole new one. The folder is made where it is missing.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temp
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,9 +82,9 @@ class Tokenizer:
             "add_bos_token": self.add_bos,
             "clean_up_tokenization_spaces": False,
         }
-        with replacing(Path(folder) / "tokenizer.json") as temp:
+        with replace_file(Path(folder) / "tokenizer.json") as temp:
             self.backend.save(str(temp))
-        with replacing(Path(folder) / "tokenizer_config.json") as temp:
+        with replace_file(Path(folder) / "tokenizer_config.json") as temp:
             temp.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
@@ -358,7 +339,7 @@ def _cached(path: Path, build: Callable[[], str], *, size: int) -> tokenizers.To
         if backend.get_vocab_size() == size:
             return backend
     text = build()
-    with contextlib.suppress(OSError), replacing(path) as temp:
+    with contextlib.suppress(OSError), replace_file(path) as temp:
         temp.write_text(text, encoding="utf-8")
     return tokenizers.Tokenizer.from_str(text)
 

@@ -5,15 +5,11 @@
 The same command continues a run that was interrupted.
 """
 
-import contextlib
-import functools
 import importlib.metadata
 import json
 import math
 import pathlib
 import signal
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -26,16 +22,14 @@ from absl import flags
 from gemma_lora import config as configs
 from gemma_lora import evaluate, report
 from gemma_lora.checkpoint import Checkpoints
-from gemma_lora.data import sources
-from gemma_lora.data.dataset import Dataset, Tokenized, loss_slots, split, subset, tokenize
+from gemma_lora.data.pipeline import describe, load_data
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import write_text
 from gemma_lora.lora import LoRAConfig, check_targets, count
-from gemma_lora.metrics import Metrics, banner, clock, say
+from gemma_lora.metrics import Metrics, Phases, Timer, banner, clock, say
 from gemma_lora.optim import optimizer, schedule
 from gemma_lora.sharding import batch_sharding, make_mesh, replicated, to_global, tree_shardings
 from gemma_lora.step import State, make_eval_step, make_train_step
-from gemma_lora.tokenizer import Tokenizer
 from gemma_lora.weights import peft
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
 from gemma_lora.workdir import claim
@@ -50,9 +44,8 @@ def main() -> None:
 
 def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     """Runs or resumes the training a config describes; returns the report."""
-    began = time.perf_counter()
-    phases: dict[str, float] = {}
-    mark = functools.partial(_mark, phases)
+    phases = Phases()
+    mark = phases.mark
 
     # ---- what and where -------------------------------------------------------------------------
     plain = configs.to_dict(config)
@@ -67,7 +60,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     mesh = make_mesh(config.mesh)
     model = build_model(arch, config, wrap)
     abstract = model.abstract()
-    adapted = check_targets(wrap, abstract["params"])
+    adapted = check_targets(wrap, nn.unbox(abstract["params"]))
     versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax")}
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     banner(
@@ -89,7 +82,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     total = config.train.max_steps or config.train.epochs * steps_per_epoch
     every = config.train.eval_every
     every = max(1, round(every * steps_per_epoch)) if every < 1 else int(every)
-    _banner_data(config, train_set, counts, total, every)
+    banner("data", describe(config, train_set, counts, total, every))
 
     # ---- weights, adapters, optimizer; or what an earlier run left ------------------------------
     with mark("load weights"):
@@ -132,10 +125,10 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     banner(
         "step",
         {
-            "compiled in": f"{phases['compile']:.1f} s, train and eval step",
+            "compiled in": f"{phases.seconds['compile']:.1f} s, train and eval step",
             "memory a device": f"{memory.argument_size_in_bytes / 2**30:.2f} GiB arguments, "
             f"{memory.temp_size_in_bytes / 2**30:.2f} GiB temporary",
-            "before the first step": clock(time.perf_counter() - began),
+            "before the first step": clock(phases.since_start()),
         },
     )
 
@@ -153,11 +146,11 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         "devices": device,
         "versions": versions,
         "data_fingerprint": notes["data"],
-        "phases": phases,
+        "phases": phases.seconds,
         "nan": None,
     }
     metrics = Metrics(workdir, start or 0, total)
-    clock_start = time.perf_counter() - notes["seconds"]
+    timer = Timer(notes["seconds"])
 
     def save_run(status: str, step: int, **more: Any) -> None:
         run.update(
@@ -185,7 +178,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
             notes.update(best_loss=loss, best_step=step, bad_evals=0)
         else:
             notes["bad_evals"] += 1
-        notes["seconds"] = time.perf_counter() - clock_start
+        notes["seconds"] = timer.total()
         flat = {f"{s}/{k}": v for s, m in found.items() for k, v in m.items()}
         metrics.write(
             {"kind": "eval", "step": step, "epoch": step / steps_per_epoch, **flat,
@@ -197,9 +190,10 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         )  # fmt: skip
         return loss
 
-    def log(step: int, sums: dict[str, jax.Array], batch_tokens: int, seconds: float) -> None:
+    def log(step: int, sums: dict[str, jax.Array], batch_tokens: int) -> None:
         """The record of a finished step; raises FloatingPointError when it is not finite."""
         sums = {k: np.asarray(v, np.float64) for k, v in jax.device_get(sums).items()}
+        seconds = timer.lap()
         loss_tokens = sums["tokens"].sum()
         loss = float(sums["nll"].sum() / loss_tokens)
         norm = float(sums["grad_norm"])
@@ -210,7 +204,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         accuracy = float(sums["correct"].sum() / loss_tokens)
         trl = float(np.mean(sums["correct"] / np.maximum(sums["tokens"], 1)))
         rate = float(learning_rate(step - 1))
-        notes["seconds"] = time.perf_counter() - clock_start
+        notes["seconds"] = timer.total()
         metrics.write(
             {"kind": "train", "step": step, "epoch": step / steps_per_epoch, "loss": loss,
              "token_accuracy": accuracy, "trl_compat/mean_token_accuracy": trl, "lr": rate,
@@ -233,7 +227,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         save_run("running", step)
         batches = iter(train_set.batches(step, total))
         in_flight: tuple | None = None
-        last = time.perf_counter()
+        timer.lap()
         try:
             while step < total and not _patience_over(notes, config):
                 batch = next(batches)
@@ -243,18 +237,17 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
                 step += 1
                 # The device works on this step while the host reports the one before.
                 if in_flight is not None:
-                    log(*in_flight, seconds=time.perf_counter() - last)
-                    last = time.perf_counter()
+                    log(*in_flight)
                 in_flight = (step, sums, int(np.sum(batch.arrays["segments"] > 0)))
                 evaluating = step % every == 0 or step == total
                 saving = evaluating or step % config.train.save_every == 0
                 if saving or interrupt.asked:
-                    log(*in_flight, seconds=time.perf_counter() - last)
+                    log(*in_flight)
                     in_flight = None
                     loss = evaluate_now(step) if evaluating else None
                     checkpoints.save(step, state, notes, loss)
                     save_run("running", step)
-                    last = time.perf_counter()
+                    timer.lap()
                 if interrupt.asked:
                     status = "interrupted"
                     break
@@ -291,93 +284,6 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     return written
 
 
-def load_data(
-    config: Any, tokenizer: Tokenizer
-) -> tuple[Dataset, Dataset, Dataset, dict[str, int]]:
-    """(training set, validation set, train probe, counts), all in one batch shape.
-
-    The train probe is a fixed part of the training examples, as large as the validation set, on
-    which the same numbers are taken.
-    """
-    data = config.data
-
-    def read(path: str) -> Tokenized:
-        rows = sources.read(data.source, path, data.limit)
-        return tokenize(rows, tokenizer, data, path or data.source)
-
-    found = [read(data.path)]
-    if data.validation_path:
-        found.append(read(data.validation_path))
-        train_part, validation_part = found[0].examples, found[1].examples
-        shared = {e.id for e in train_part} & {e.id for e in validation_part}
-        if shared:
-            raise UserError(
-                f"{len(shared)} ids are in both data.path and data.validation_path, "
-                f"e.g. {min(shared)}"
-            )
-    else:
-        train_part, validation_part = split(
-            found[0].examples, data.validation_fraction, config.seed
-        )
-    if not train_part or not validation_part:
-        raise UserError(
-            f"{len(train_part)} training and {len(validation_part)} validation examples carry loss "
-            f"within data.seq_len {data.seq_len}; both sets need at least one"
-        )
-    if config.train.eval_examples:
-        validation_part = subset(validation_part, config.train.eval_examples, config.seed)
-    probe_part = subset(train_part, len(validation_part), config.seed)
-    slots = loss_slots(train_part + validation_part, data.seq_len, data.pack)
-    train_set = Dataset(
-        train_part,
-        seq_len=data.seq_len,
-        batch_size=data.batch_size,
-        pack=data.pack,
-        seed=config.seed,
-        shuffle=True,
-        slots=slots,
-        process=(jax.process_index(), jax.process_count()),
-    )
-    fixed = [evaluate.fixed_set(part, config, slots) for part in (validation_part, probe_part)]
-    counts = {
-        "train": len(train_part),
-        "validation": len(validation_part),
-        "train_probe": len(probe_part),
-        "truncated": sum(len(f.truncated) for f in found),
-        "dropped": sum(len(f.dropped) for f in found),
-    }
-    return train_set, *fixed, counts
-
-
-def _banner_data(
-    config: Any, train_set: Dataset, counts: dict[str, int], total: int, every: int
-) -> None:
-    data, train = config.data, config.train
-    steps = train_set.steps_per_epoch
-    facts = {
-        "source": data.path or data.source,
-        "examples": f"{counts['train']:,} train, {counts['validation']:,} validation, "
-        f"{counts['train_probe']:,} of train as probe",
-        "loss on": f"{data.loss_on} tokens",
-        "batch": f"{data.batch_size} rows = {train.micro_batches} micro-batches x "
-        f"{data.batch_size // train.micro_batches}; {data.seq_len} tokens a row, "
-        f"{train_set.slots} of them may carry loss; {100 * train_set.fill:.1f} % filled"
-        + (", packed" if data.pack else ""),
-        "epoch": f"{steps:,} steps, the last one filled up with empty rows",
-        "run": f"{total:,} steps = {total / steps:.2f} epochs; "
-        f"eval at 0 and every {every} steps: {1 + -(-total // every)} evals",
-    }
-    if counts["truncated"]:
-        facts["truncated"] = f"{counts['truncated']} examples are longer: their end is not trained"
-    if counts["dropped"]:
-        facts["dropped"] = (
-            f"{counts['dropped']} examples left out: the prompt fills data.seq_len, no loss token"
-        )
-    if train.patience and -(-total // every) <= train.patience:
-        facts["note"] = f"patience {train.patience} can never stop this run: lower train.eval_every"
-    banner("data", facts)
-
-
 def _init_state(config: Any, model: Any, abstract: Any, tx: Any, mesh: Any) -> State:
     """Step 0: A random, B zero, on their shardings from the start."""
     lora_shardings = tree_shardings(abstract["lora"], mesh)
@@ -408,16 +314,6 @@ def _finite(tree: Any) -> Any:
     return jax.tree.map(
         lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, tree
     )
-
-
-@contextlib.contextmanager
-def _mark(phases: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the seconds of a block to phases[name]."""
-    began = time.perf_counter()
-    try:
-        yield
-    finally:
-        phases[name] = phases.get(name, 0.0) + time.perf_counter() - began
 
 
 class _Interrupt:

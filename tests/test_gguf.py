@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from gemma_lora.errors import UserError
-from gemma_lora.tokenizer import cache_dir
+from gemma_lora.files import cache_dir, sha256
 from gemma_lora.weights import gguf as module
-from gemma_lora.weights.gguf import GGUFFile, demo_path, metadata, sha256
+from gemma_lora.weights.gguf import GGUFFile, demo_path, metadata
 
 gguf = pytest.importorskip("gguf")
 

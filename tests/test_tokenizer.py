@@ -9,7 +9,8 @@ import pytest
 import tokenizers
 
 from gemma_lora.errors import UserError
-from gemma_lora.tokenizer import Tokenizer, cache_dir
+from gemma_lora.files import cache_dir
+from gemma_lora.tokenizer import Tokenizer
 
 HERE = pathlib.Path(__file__).parent
 GOLDEN = json.loads((HERE / "goldens" / "tokenizer.json").read_text(encoding="utf-8"))

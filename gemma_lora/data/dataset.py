@@ -72,6 +72,9 @@ def tokenize(rows: list[dict[str, Any]], tokenizer: Tokenizer, data: Any, where:
     )
     bos = [tokenizer.bos_id] if tokenizer.add_bos else []
     examples, truncated, dropped = [], [], []
+    for row, text in zip(rows, texts, strict=True):
+        if not text.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in text):
+            raise UserError(f"{where}, row {row['id']}: half of a surrogate pair is no text")
     encodings = tokenizer.encode_batch(list(texts))
     for row, text, start, encoding in zip(rows, texts, starts, encodings, strict=True):
         ids = [*bos, *encoding.ids, tokenizer.eos_id]

