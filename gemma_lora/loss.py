@@ -19,7 +19,7 @@ class TokenStats(NamedTuple):
 
     nll: jax.Array  # -log p[target], after the final soft-cap
     margin: jax.Array  # target logit - largest other logit; > 0: the greedy token is right
-    sum_p2: jax.Array  # sum over the vocabulary of p^2 (for EL2N)
+    other_p2: jax.Array  # sum of p^2 over the tokens that are not the target
 
     @property
     def correct(self) -> jax.Array:
@@ -28,8 +28,8 @@ class TokenStats(NamedTuple):
 
     @property
     def el2n(self) -> jax.Array:
-        """|p - onehot(target)|_2 (arXiv:2107.07075) from sum p^2 and p[target]."""
-        return jnp.sqrt(jnp.maximum(self.sum_p2 - 2 * jnp.exp(-self.nll) + 1, 0))
+        """|p - onehot(target)|_2 (arXiv:2107.07075): sqrt((1 - p[target])^2 + other_p2)."""
+        return jnp.sqrt(jnp.square(jnp.expm1(-self.nll)) + self.other_p2)
 
 
 class _Running(NamedTuple):
@@ -37,7 +37,7 @@ class _Running(NamedTuple):
 
     top: jax.Array  # largest logit so far
     total: jax.Array  # sum exp(l - top)
-    total2: jax.Array  # sum exp(2 (l - top))
+    total2: jax.Array  # sum exp(2 (l - top)) over tokens that are not the target
     other: jax.Array  # largest logit of a token that is not the target
     target: jax.Array  # the target's logit
     slope: jax.Array  # d soft-capped logit / d raw logit at the target
@@ -76,7 +76,7 @@ _stats.defvjp(_stats_fwd, _stats_bwd)
 
 
 def _pass(softcap, chunk, hidden, targets, head, want_grad):
-    """((nll, (margin, sum_p2)), d nll / d hidden [B,C,D] or None) in one sweep."""
+    """((nll, (margin, other_p2)), d nll / d hidden [B,C,D] or None) in one sweep."""
     vocab, embed = head.shape
     chunk = min(chunk, vocab)
     steps = -(-vocab // chunk)
@@ -105,7 +105,7 @@ def _pass(softcap, chunk, hidden, targets, head, want_grad):
         top = jnp.maximum(run.top, jnp.max(z, -1))
         scale, p = jnp.exp(run.top - top), jnp.exp(z - top[..., None])
         total = run.total * scale + jnp.sum(p, -1)
-        total2 = run.total2 * jnp.square(scale) + jnp.sum(jnp.square(p), -1)
+        total2 = run.total2 * jnp.square(scale) + jnp.sum(jnp.square(jnp.where(hit, 0, p)), -1)
         pull, at_target = run.pull, run.slope
         if want_grad:
             at_target = at_target + jnp.sum(jnp.where(hit, slope, 0), -1)

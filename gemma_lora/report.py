@@ -31,20 +31,15 @@ RESAMPLES = 10_000
 OUTLIERS, SHOWN = 10, 600  # how many examples; how many characters of each in Markdown
 INTERVAL_OF = "best - start, {}, 95 % paired bootstrap over examples"
 
-
-class _Template(string.Template):
-    """$validation.loss.start is report["validation"]["loss"]["start"]."""
-
-    idpattern = r"[a-z_]+(?:\.[a-z_]+)*"
-
-
-MARKDOWN = _Template("""# Training report: $model.arch
-
-Status: $run.status, $run.steps of $run.steps_planned planned steps. Validation loss
-$validation.loss.start at start, $validation.loss.best at best (step $evals.best), a decrease of
-$validation.loss.decrease_pct %: **$validation.loss.conclusion**.
+# $validation_loss_start is report["validation"]["loss"]["start"].
+MARKDOWN = string.Template("""# Training report: $model_arch
+Status: $run_status, $run_steps of $run_steps_planned planned steps. Validation loss
+$validation_loss_start at start, $validation_loss_best at best (step $evals_best), a decrease of
+$validation_loss_decrease_pct %: **$validation_loss_conclusion**.
 
 ## Overview
+| | |
+| --- | --- |
 $overview
 
 ## Learning curve
@@ -52,48 +47,42 @@ $overview
 
 $losses
 
-Interval: $validation.loss.interval_of. A change is shown where the interval excludes 0.
-
-Loss reduction of the final steps $final_steps.steps, on the line fitted to the train loss:
-$final_steps.reduction nats per token. Slope per 100 steps $final_steps.slope_per_100_steps,
-interval $final_steps.interval ($final_steps.method; r = $final_steps.autocorrelation).
-
-More epochs recommended: **$more_epochs.recommended**, $more_epochs.because. Last two evals, steps
-$more_epochs.evals: difference $more_epochs.difference, interval $more_epochs.interval.
+- Interval: $validation_loss_interval_of. A change is shown where it excludes 0.
+- Loss reduction of the final steps $final_steps_steps, on the line fitted to the train loss:
+  $final_steps_reduction nats per token. Slope per 100 steps $final_steps_slope_per_100_steps,
+  interval $final_steps_interval ($final_steps_method; r = $final_steps_autocorrelation).
+- More epochs recommended: **$more_epochs_recommended**; $more_epochs_because. Last two evals, steps
+  $more_epochs_evals: difference $more_epochs_difference, interval $more_epochs_interval.
 
 ## Generalisation gap
-Validation - train-probe loss: $generalisation_gap.start at start, $generalisation_gap.best at best;
-it grew by $generalisation_gap.growth, interval $generalisation_gap.interval. The probe is part of
-the training set: growth is what was learned of its examples and does not carry over to others.
+Validation - train-probe loss: $generalisation_gap_start at start, $generalisation_gap_best at best;
+it grew by $generalisation_gap_growth, interval $generalisation_gap_growth_interval. The probe is
+part of the training set: a gap that grew is a fall that did not carry over in full to new examples.
 
 ## Token accuracy
 $accuracies
 
 The share of next tokens that are the model's first choice after the reference text before them
 (teacher-forced next-token accuracy); it is not answer accuracy. TRL's metrics under their own names
-are unweighted means over batches. trl_compat/eval_loss:
+are unweighted means over batches.
 
-$trl_losses
-
-trl_compat/eval_mean_token_accuracy:
-
-$trl_accuracies
+$trl
 
 ## Worst validation examples
 By mean token loss at the best step. A mean over few tokens varies more, so short completions reach
-the top more easily: Spearman's rank correlation of tokens and loss is $length.spearman; the median
-example has $length.median tokens, the median of those below $length.median_worst.
+the top more easily: Spearman's rank correlation of tokens and loss is $length_spearman; the median
+example has $length_median tokens, the median of those below $length_median_worst.
 
 $worst
 
 ## Final thoughts
-In $run.steps steps the validation loss went from $validation.loss.start to $validation.loss.best
-($validation.loss.conclusion), its token accuracy from $validation.token_accuracy.start to
-$validation.token_accuracy.best ($validation.token_accuracy.conclusion), and the gap to the training
-examples changed by $generalisation_gap.growth. More epochs recommended: $more_epochs.recommended.
+In $run_steps steps the validation loss went from $validation_loss_start to $validation_loss_best
+($validation_loss_conclusion), its token accuracy from $validation_token_accuracy_start to
+$validation_token_accuracy_best ($validation_token_accuracy_conclusion), and the gap to the training
+examples grew by $generalisation_gap_growth. More epochs recommended: $more_epochs_recommended.
 
 ## What this run does not show
-- Other seeds: the intervals cover the choice of the $evaluated.validation validation examples, not
+- Other seeds: the intervals cover the choice of the $evaluated_validation validation examples, not
   data order, initial adapters or dropout. With fewer than about 20 examples they are too narrow.
 - An untouched test set: the best eval was chosen by the validation loss that is reported for it.
 - Answers: everything here is teacher-forced. No text was generated, no answer was checked.
@@ -134,15 +123,14 @@ def read(workdir: pathlib.Path) -> Workdir:
         lines.setdefault(record["kind"], {})[record["step"]] = record
     train = [(s, r.get("loss"), r.get("lr")) for s, r in sorted(lines["train"].items())]
     curve = np.array(train, float).reshape(-1, 3).T  # None becomes NaN
-    first = _eval(workdir / "ledger" / "eval_000000.parquet", None)
-    paths = (workdir / "ledger").glob("eval_*.parquet")
-    later = [_eval(p, first) for p in paths if p.name != "eval_000000.parquet"]
-    path = workdir / "ledger" / "examples.parquet"
+    ledger = workdir / "ledger"
+    first = _eval(ledger / "eval_000000.parquet", None)
+    evals = sorted((_eval(p, first) for p in ledger.glob("eval_*.parquet")), key=lambda e: e.step)
+    path = ledger / "examples.parquet"
     examples = _table(path, ("id", "split", "text")).to_pylist()
     texts = {e["id"]: e["text"] for e in examples if e["split"] == "validation"}
     for missing in set(first.rows["validation"]["id"]) - texts.keys():
         raise UserError(f"{path}: no text of validation example {missing!r}")
-    evals = [first, *sorted(later, key=lambda e: e.step)]
     return Workdir(config, run, curve, lines["eval"], evals, texts)
 
 
@@ -169,8 +157,8 @@ def _table(path: pathlib.Path, columns: tuple[str, ...]) -> pyarrow.Table:
 
 
 def _eval(path: pathlib.Path, first: Eval | None) -> Eval:
-    table = _table(path, ("id", "split", "step", "tokens", "nll", "nll_max", "correct"))
-    columns = {k: table.sort_by("id")[k].to_numpy() for k in table.column_names}
+    table = _table(path, ("id", "split", "tokens", "nll", "nll_max", "correct")).sort_by("id")
+    columns = {k: table[k].to_numpy() for k in table.column_names}
     rows = {s: {k: v[columns["split"] == s] for k, v in columns.items()} for s in SPLITS}
     for split, found in rows.items():
         if not len(found["id"]) or found["tokens"].min() < 1:
@@ -178,7 +166,7 @@ def _eval(path: pathlib.Path, first: Eval | None) -> Eval:
         for name in ("id", "tokens") if first else ():
             if not np.array_equal(found[name], first.rows[split][name]):
                 raise UserError(f"{path}: {split} {name} differ from those of eval_000000.parquet")
-    return Eval(int(columns["step"][0]), rows)
+    return Eval(int(path.stem.removeprefix("eval_")), rows)
 
 
 def bootstrap(before: dict[str, np.ndarray], after: dict[str, np.ndarray], seed: int) -> np.ndarray:
@@ -247,14 +235,14 @@ def _more_epochs(w: Workdir) -> dict[str, Any]:
     ended = ended or share <= 0.01
     judged = before is not after and math.isfinite(share) and w.run["status"] != "nan"
     fell = found is not None and found[1] < 0
-    because = "the validation loss fell beyond its interval between the last two evals"
+    change = "fell" if fell else "did not fall"
+    because = f"the validation loss {change} beyond its interval between the last two evals"
     if not judged:
         because = "it takes two evals, train lines and a run that stayed finite to judge"
-    elif not fell:
-        because = because.replace("fell", "did not fall")
-        because += "; the rate was near 0 by then, so this is no sign of convergence" * ended
-    elif ended:
+    elif ended and fell:
         because += ", but the schedule had ended: plan a longer run with a longer schedule"
+    elif ended:
+        because += "; with the learning rate decayed that is no sign of convergence"
     return {
         "recommended": judged and fell and not ended, "because": because,
         "evals": [before.step, after.step], "interval": found, "lr_share_of_peak": share,
@@ -263,13 +251,9 @@ def _more_epochs(w: Workdir) -> dict[str, Any]:
 
 
 def build(workdir: pathlib.Path) -> dict[str, Any]:
-    """The report of a workdir as plain JSON types; a number that is not finite is None.
-
-    Raises UserError naming a file that is missing or damaged.
-    """
+    """The report of a workdir in JSON types, None where a number is not finite; raises as read."""
     w = read(workdir)
-    losses = np.array([e.mean("validation", "nll") for e in w.evals])
-    best = w.evals[int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))]
+    best = min(w.evals, key=lambda e: np.nan_to_num(e.mean("validation", "nll"), nan=np.inf))
     points = {"start": w.evals[0], "best": best, "last": w.evals[-1]}
     # Seeded apart: the examples of the two sets are drawn independently.
     draws = {s: bootstrap(w.evals[0].rows[s], best.rows[s], i) for i, s in enumerate(SPLITS)}
@@ -278,18 +262,17 @@ def build(workdir: pathlib.Path) -> dict[str, Any]:
     def compared(split: str, column: str, unit: str) -> dict[str, Any]:
         out: dict[str, Any] = {k: e.mean(split, column) for k, e in points.items()}
         if column == "nll":
-            start = out["start"]
-            out["decrease_pct"] = 100 * (start - out["best"]) / start if start else None
+            change = out["start"] - out["best"]
+            out["decrease_pct"] = 100 * change / out["start"] if out["start"] else None
         found = interval(draws[split][:, int(column == "correct")])
+        conclusion = "no change that this set can show"
         if len(w.evals) == 1:
             conclusion = "no eval after step 0: nothing to compare"
         elif best is w.evals[0]:
             conclusion = "no eval had a lower validation loss than the base model"
         elif found is None:
             conclusion = "no interval: it takes two examples and finite losses"
-        elif found[0] <= 0 <= found[1]:
-            conclusion = "no change that this set can show"
-        else:
+        elif found[0] > 0 or found[1] < 0:
             conclusion = f"{'fell' if found[1] < 0 else 'rose'} beyond its 95 % interval"
         out["interval"], out["interval_of"] = found, INTERVAL_OF.format(unit)
         return out | {"conclusion": conclusion}
@@ -306,20 +289,18 @@ def build(workdir: pathlib.Path) -> dict[str, Any]:
         "evals": {"steps": [e.step for e in w.evals], **{k: e.step for k, e in points.items()}},
         "generalisation_gap": gap | {
             "growth": gap["best"] - gap["start"],
-            "interval": interval(draws["validation"][:, 0] - draws["train_probe"][:, 0]),
+            "growth_interval": interval(draws["validation"][:, 0] - draws["train_probe"][:, 0]),
         },
         "final_steps": final_steps(*w.train[:2]),
         "more_epochs": _more_epochs(w),
         "outliers": [
-            {"id": rows["id"][i], "loss": float(loss[i]), "tokens": int(tokens[i]),
-             "loss_at_start": float(base["nll"][i] / tokens[i]),
+            {"id": rows["id"][i], "loss": float(loss[i]),
+             "loss_at_start": float(base["nll"][i] / tokens[i]), "tokens": int(tokens[i]),
              "nll_max": float(rows["nll_max"][i]), "text": w.texts[rows["id"][i]]}
             for i in worst
         ],
-        "length": {
-            "spearman": spearman(tokens, loss),
-            "median": float(np.median(tokens)), "median_worst": float(np.median(tokens[worst])),
-        },
+        "length": {"spearman": spearman(tokens, loss), "median": float(np.median(tokens)),
+                   "median_worst": float(np.median(tokens[worst]))},
     }  # fmt: skip
     for s in SPLITS:
         trl = {k: w.lines.get(e.step, {}) for k, e in points.items()}
@@ -338,39 +319,39 @@ def show(x: Any) -> str:
     """A value in Markdown: 0.1235, 1,234, [0.1000, 0.2000], yes, n/a."""
     if isinstance(x, list):
         return f"[{', '.join(map(show, x))}]"
-    if x is None or isinstance(x, bool | str):
-        return {None: "n/a", True: "yes", False: "no"}.get(x, x)
-    return f"{x:,.4f}" if isinstance(x, float) else f"{x:,}"
+    if x is None or isinstance(x, bool):
+        return {None: "n/a", True: "yes", False: "no"}[x]
+    return f"{x:,.4f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
 
 
 def markdown(report: dict[str, Any]) -> str:
     """report.md; every number in it is one of the report's."""
     values = flat(report)
 
-    def table(head: list[str], rows: dict[str, list[Any]]) -> str:
-        lines = [head, ["---"] * len(head), *([k, *map(show, v)] for k, v in rows.items())]
-        return "\n".join("| " + " | ".join(c.replace("|", r"\|") for c in x) + " |" for x in lines)
+    def line(cells: list[Any]) -> str:
+        return "| " + " | ".join(show(x).replace("|", r"\|") for x in cells) + " |"
 
-    def compared(name: str, *more: str) -> str:
-        keys = ("start", "best", "last", *more)
-        return table(["", *keys], {s: [values[f"{s}.{name}.{k}"] for k in keys] for s in SPLITS})
+    def compared(*names: str, more: tuple[str, ...] = ()) -> str:
+        keys, paths = ("start", "best", "last", *more), [f"{s}.{n}" for n in names for s in SPLITS]
+        rows = [[p, *(values[f"{p}.{k}"] for k in keys)] for p in paths]
+        return "\n".join(map(line, [["", *keys], ["---"] * (1 + len(keys)), *rows]))
 
     def example(x: dict[str, Any]) -> str:
         # A longer fence than any run of backticks in the text, so that the text cannot end it.
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", x["text"])), default=0))
         text = x["text"][:SHOWN] + "..." * (len(x["text"]) > SHOWN)
-        keys = ("loss", "loss_at_start", "tokens", "nll_max")
-        numbers = ", ".join(f"{k} {show(x[k])}" for k in keys)
+        numbers = ", ".join(f"{k} {show(v)}" for k, v in x.items() if k not in ("id", "text"))
         return f"**{x['id']}**: {numbers}\n\n{fence}text\n{text}\n{fence}"
 
-    overview = flat({k: report[k] for k in ("model", "data", "run", "config")})
+    shown = {k.replace(".", "_"): show(v) for k, v in values.items()}
+    parts = ("run.", "model.", "data", "evaluated.", "config.")
+    overview = [line([k, json.dumps(v)]) for k, v in values.items() if k.startswith(parts)]
     return MARKDOWN.substitute(
-        collections.defaultdict(lambda: "n/a", {k: show(v) for k, v in values.items()}),
-        overview=table(["", ""], {k: [v] for k, v in overview.items()}),
-        losses=compared("loss", "decrease_pct", "interval", "conclusion"),
-        accuracies=compared("token_accuracy", "interval", "conclusion"),
-        trl_losses=compared("trl_compat.eval_loss"),
-        trl_accuracies=compared("trl_compat.eval_mean_token_accuracy"),
+        collections.defaultdict(lambda: "n/a", shown),  # there may be no final_steps
+        overview="\n".join(overview),
+        losses=compared("loss", more=("decrease_pct", "interval", "conclusion")),
+        accuracies=compared("token_accuracy", more=("interval", "conclusion")),
+        trl=compared("trl_compat.eval_loss", "trl_compat.eval_mean_token_accuracy"),
         worst="\n\n".join(map(example, report["outliers"])),
     )
 
@@ -386,7 +367,7 @@ def write(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def plot(w: Workdir, report: dict[str, Any], path: pathlib.Path) -> None:
-    """The picture of the learning curve, 1800 x 1000 pixels PNG."""
+    """The learning curve as a PNG of 1800 x 1000 pixels."""
     from matplotlib.figure import Figure  # costs a second that build() need not spend
 
     figure = Figure(figsize=(9, 5), dpi=200, layout="constrained")
@@ -395,11 +376,11 @@ def plot(w: Workdir, report: dict[str, Any], path: pathlib.Path) -> None:
     width = max(1, len(steps) // 20)
     axes.plot(steps, losses, color="0.8", lw=1, label="train, each step (dropout on)")
     if width > 1:
-        mean = np.convolve(losses, np.ones(width) / width, "valid")
-        axes.plot(steps[width - 1 :], mean, color="0.45", label=f"train, mean of {width} steps")
+        mean = [np.convolve(x, np.ones(width) / width, "valid") for x in (steps, losses)]
+        axes.plot(*mean, color="0.45", label=f"train, running mean of {width}")
     for split, color, marker in zip(SPLITS, ("tab:blue", "tab:orange"), "os", strict=True):
-        values = [e.mean(split, "nll") for e in w.evals]
-        axes.plot(report["evals"]["steps"], values, color=color, marker=marker, label=split)
+        values, label = [e.mean(split, "nll") for e in w.evals], split.replace("_", " ")
+        axes.plot(report["evals"]["steps"], values, color=color, marker=marker, label=label)
     best = report["evals"]["best"], report["validation"]["loss"]["best"] or math.nan
     axes.plot(*best, "*", ms=18, mec="black", color="gold", label=f"best, step {best[0]}")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=report["model"]["arch"])
@@ -411,8 +392,8 @@ def plot(w: Workdir, report: dict[str, Any], path: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the report of a training run.")
     parser.add_argument("--workdir", required=True, type=pathlib.Path)
-    workdir = parser.parse_args().workdir
-    print(f"validation loss: {write(workdir)['validation']['loss']['conclusion']}")
+    loss = write(parser.parse_args().workdir)["validation"]["loss"]
+    print(f"validation loss: {loss['conclusion']}")
 
 
 if __name__ == "__main__":

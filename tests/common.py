@@ -1,0 +1,97 @@
+"""What many tests share: tiny models on our tree, and batches from token arrays."""
+
+import functools
+import json
+import tempfile
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from gemma_lora.arch import Arch
+from gemma_lora.data.dataset import Example
+from gemma_lora.model import Transformer, head_weight, logits, no_wrap
+from gemma_lora.sharding import make_mesh, tree_shardings
+from gemma_lora.step import Batch
+from gemma_lora.weights import mapping, peft
+from gemma_lora.weights.hf import Safetensors
+
+
+def one_device():
+    return make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+
+
+def tiny_arch(name: str) -> Arch:
+    return Arch.from_hf(tiny.TINY[name])
+
+
+@functools.cache
+def tiny_params(name: str) -> dict[str, Any]:
+    """The base weights of TINY[name], through our safetensors reader and mapping, float32."""
+    arch = tiny_arch(name)
+    boxed = Transformer(arch).abstract()["params"]
+    shardings = tree_shardings(boxed, one_device())
+    with tempfile.TemporaryDirectory() as directory:
+        tensors = Safetensors(tiny.write_tiny(name, directory))
+        return mapping.load(tensors, "hf", arch, nn.unbox(boxed), shardings)
+
+
+def tiny_model(name: str, wrap=no_wrap, **kwargs) -> tuple[Transformer, dict[str, Any]]:
+    return Transformer(tiny_arch(name), wrap=wrap, **kwargs), tiny_params(name)
+
+
+def adapter(name: str, rank: int = 4, **kwargs) -> dict[str, Any]:
+    """tiny.init_adapter on our tree."""
+    tensors = tiny.init_adapter(tiny.TINY[name], rank, **kwargs)
+    return peft.from_tensors(tensors, tiny_arch(name), rank)
+
+
+def batch_of(tokens: np.ndarray, mask: np.ndarray, slots: int | None = None) -> Batch:
+    """Arrays of one batch from tokens [B,T] and a mask that is True where tokens[t] is a target."""
+    rows, length = tokens.shape
+    slots = slots or int(mask.sum(1).max())
+    loss_pos, targets = (np.zeros((rows, slots), np.int32) for _ in range(2))
+    loss_mask = np.zeros((rows, slots), np.float32)
+    for r in range(rows):
+        at = np.flatnonzero(mask[r])
+        loss_pos[r, : len(at)], targets[r, : len(at)] = at - 1, tokens[r, at]
+        loss_mask[r, : len(at)] = 1
+    arrays = {
+        "tokens": tokens.astype(np.int32),
+        "segments": np.ones(tokens.shape, np.int32),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
+        "loss_pos": loss_pos,
+        "targets": targets,
+        "loss_mask": loss_mask,
+    }
+    return {k: jnp.asarray(v) for k, v in arrays.items()}
+
+
+def all_logits(model: Transformer, params: Any, lora: Any, tokens: np.ndarray) -> np.ndarray:
+    """[B,T] ids -> [B,T,V] float32 logits of one whole segment a row."""
+    tokens = jnp.asarray(tokens)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+    @jax.jit
+    def run(params, lora):
+        variables = {"params": params, "lora": lora}
+        hidden = model.apply(variables, tokens, jnp.ones_like(tokens), positions)
+        return logits(hidden, head_weight(params, model.arch), model.arch, model.dtype)
+
+    return np.asarray(run(params, lora))
+
+
+def examples(lengths: list[int], loss_from: list[int], vocab: int = 128) -> list[Example]:
+    """Random examples of given lengths whose loss begins at the given tokens."""
+    rng = np.random.default_rng(0)
+    return [
+        Example(f"e{i}", rng.integers(3, vocab, n).astype(np.int32), start, f"text {i}", 0)
+        for i, (n, start) in enumerate(zip(lengths, loss_from, strict=True))
+    ]
+
+
+def read_json(path) -> Any:
+    return json.loads(path.read_text())

@@ -1,0 +1,80 @@
+"""token_stats against the whole softmax, and what the mask and the padding may not change."""
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from gemma_lora.loss import token_stats
+from gemma_lora.step import forward
+
+
+@pytest.mark.parametrize(
+    ("vocab", "chunk", "softcap"),
+    [(1000, 128, 0.0), (1000, 128, 30.0), (64, 128, 20.0), (997, 100, 0.0), (512, 128, 15.0)],
+)
+def test_chunked_equals_whole(vocab, chunk, softcap):
+    """In float64 by numpy: nll, its gradient, margin, EL2N."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = 2 * jax.random.normal(keys[0], (2, 5, 16))
+    head = jax.random.normal(keys[1], (vocab, 16))
+    targets = jax.random.randint(keys[2], (2, 5), 0, vocab)
+    weights = jax.random.uniform(keys[3], (2, 5))
+    h, e, y, w = (np.asarray(x, np.float64) for x in (hidden, head, targets, weights))
+    y = y.astype(int)
+    z = h @ e.T
+    y[0, :2] = z[0, :2].argmax(-1)  # some targets are the greedy choice
+    targets = jnp.asarray(y)
+    slope = np.ones_like(z)
+    if softcap:
+        slope = 1 - np.tanh(z / softcap) ** 2
+        z = np.tanh(z / softcap) * softcap
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    onehot = np.eye(vocab)[y]
+    others = np.where(onehot > 0, -np.inf, z).max(-1)
+    want = {
+        "nll": -np.log((p * onehot).sum(-1)),
+        "margin": (z * onehot).sum(-1) - others,
+        "el2n": np.sqrt(((p - onehot) ** 2).sum(-1)),
+        "correct": z.argmax(-1) == y,
+    }
+    stats = token_stats(hidden, targets, head, softcap, chunk)
+    for name, value in want.items():
+        assert np.allclose(getattr(stats, name), value, atol=2e-5), name
+    grad = jax.grad(lambda x: jnp.sum(token_stats(x, targets, head, softcap, chunk).nll * weights))(
+        hidden
+    )
+    exact = ((p - onehot) * slope * w[..., None]) @ e
+    assert np.allclose(grad, exact, atol=2e-5)
+    assert 0 < want["correct"].mean() < 1
+
+
+def test_only_nll_has_a_gradient():
+    hidden, head = jnp.ones((1, 2, 4)), jnp.eye(8, 4)
+    targets = jnp.zeros((1, 2), jnp.int32)
+    for name in ("margin", "other_p2"):
+        grad = jax.grad(lambda x, n=name: getattr(token_stats(x, targets, head, 0, 4), n).sum())
+        assert not np.any(grad(hidden))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2"])
+def test_padding_changes_nothing(name):
+    """Longer rows, more loss slots and empty rows leave every token's nll as it was."""
+    model, params = common.tiny_model(name)
+    tokens = tiny.tokens()
+    mask = tiny.loss_mask(tokens.shape)
+    plain = common.batch_of(tokens, mask)
+    run = jax.jit(lambda batch: forward(model, 64, params, {}, batch, None))
+    want = run(plain).nll * plain["loss_mask"]
+    rows, length = tokens.shape
+    wide = {k: np.zeros((rows + 2, v.shape[1] + 9), v.dtype) for k, v in plain.items()}
+    for k, v in plain.items():
+        wide[k][:rows, : v.shape[1]] = v
+    wide["tokens"][rows:] = 5
+    got = run(wide).nll * wide["loss_mask"]
+    assert np.allclose(got[:rows, : want.shape[1]], want, atol=1e-5)
+    assert not np.any(got[rows:]) and not np.any(got[:, want.shape[1] :])
+    assert length == 24
