@@ -6,56 +6,74 @@ run's; (4) metrics written after it are dropped, since they will be written agai
 """
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from gemma_lora.errors import UserError
+
+
+class _LatestAndBest(keep.PreservationPolicy):
+    """Keeps the newest checkpoint and that of step `best`.
+
+    The run says which is best: orbax's own BestN forgets the metrics when a run is resumed, and of
+    equal losses it keeps the later.
+    """
+
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [c is checkpoints[-1] or c.step == self.best for c in checkpoints]
+
 
 class Checkpoints:
     """step -> (state tree, small JSON notes). A half-written checkpoint is never seen."""
 
     def __init__(self, directory: pathlib.Path):
-        policy = keep.AnyPreservationPolicy(
-            [
-                keep.LatestN(1),
-                keep.BestN(
-                    get_metric_fn=lambda m: m["loss"],
-                    reverse=True,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
+        self._directory = directory.absolute()
+        self._keep = _LatestAndBest()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._keep, cleanup_tmp_directories=True
         )
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
-    def save(self, step: int, state: Any, notes: dict[str, Any], loss: float | None) -> None:
-        """Starts a save; `loss` is the validation loss where this step was evaluated."""
+    def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
+        """Starts a save. The checkpoint of notes['best_step'] stays, those before it go."""
+        self._keep.best = notes["best_step"]
+        # A copy: another thread writes it later, while the run changes its own.
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)
+                state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(dict(notes))
             ),
-            metrics=None if loss is None else {"loss": loss},
         )
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """(state with the shapes, dtypes and shardings of `like`, notes)."""
+        """(state with the shapes, dtypes and shardings of `like`, notes).
+
+        Raises UserError for a checkpoint that is damaged.
+        """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore()
-            ),
-        )
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore()
+                ),
+            )
+        except Exception as e:  # orbax and tensorstore have no common base of their errors
+            raise UserError(
+                f"the checkpoint {self._directory / str(step)} is damaged ({type(e).__name__}); "
+                "remove it to go on from an earlier one, if there is one"
+            ) from e
         return restored.state, restored.notes
 
     def close(self) -> None:
-        """Waits for saves under way."""
-        self._manager.wait_until_finished()
+        """Waits for a save under way."""
         self._manager.close()

@@ -1,13 +1,16 @@
 """Every config key once, with its comment; reading a config from the command line."""
 
 import json
+import pathlib
+import re
 import sys
+import traceback
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from gemma_lora.errors import UserError
+from gemma_lora.errors import UserError, nearest
 
 
 def default() -> ConfigDict:
@@ -89,28 +92,24 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 def check(config: ConfigDict) -> None:
     """Raises UserError for unknown or missing keys and for values no run can use."""
     valid, got = flat(to_dict(default())), flat(to_dict(config))
-    if got.keys() != valid.keys():
+    for key in sorted(got.keys() - valid.keys()):
+        raise UserError(f"config key {key!r} is unknown, {nearest(key, valid)}")
+    if missing := sorted(valid.keys() - got.keys()):
         raise UserError(
-            f"config keys unknown: {sorted(got.keys() - valid.keys()) or 'none'}, "
-            f"missing: {sorted(valid.keys() - got.keys()) or 'none'} "
-            "(start from gemma_lora.config.default())"
+            f"the config lacks {', '.join(missing)}: start from gemma_lora.config.default()"
         )
     if config.dtype not in ("bfloat16", "float32"):
         why = ": Gemma overflows in float16 and gives NaN" if config.dtype == "float16" else ""
         raise UserError(f"dtype {config.dtype!r}{why}; expected bfloat16 or float32")
+    for key, least in _LEAST.items():
+        if got[key] < least:
+            raise UserError(f"{key} is {got[key]}, expected at least {least}")
     t, d = config.train, config.data
-    positive = {
-        "data.seq_len": d.seq_len - 1,
-        "data.batch_size": d.batch_size,
-        "train.micro_batches": t.micro_batches,
-        "train.save_every": t.save_every,
-        "train.eval_every": t.eval_every,
-        "train.epochs or train.max_steps": max(t.epochs, t.max_steps),
-        "vocab_chunk": config.vocab_chunk,
-    }
-    for name, value in positive.items():
-        if value <= 0:
-            raise UserError(f"{name} is too small: expected a positive number")
+    for key in ("train.eval_every", "optim.lr"):
+        if not got[key] > 0:
+            raise UserError(f"{key} is {got[key]}, expected a positive number")
+    if not t.epochs and not t.max_steps:
+        raise UserError("train.epochs and train.max_steps are both 0: expected one to be positive")
     if d.batch_size % t.micro_batches:
         raise UserError(
             f"data.batch_size {d.batch_size} is not a multiple of "
@@ -122,23 +121,96 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"data.validation_fraction is {d.validation_fraction}, expected in (0, 1)")
 
 
+# The smallest value of a key; where 0 means 'off' or 'all', less than that means nothing.
+_LEAST = {
+    "vocab_chunk": 1,
+    "seed": 0,
+    "data.seq_len": 2,
+    "data.batch_size": 1,
+    "data.limit": 0,
+    "optim.warmup_steps": 0,
+    "optim.clip": 0,
+    "optim.weight_decay": 0,
+    "train.epochs": 0,
+    "train.max_steps": 0,
+    "train.micro_batches": 1,
+    "train.eval_examples": 0,
+    "train.patience": 0,
+    "train.save_every": 1,
+}
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
 
 
 def parse_flags(required: tuple[str, ...] = ("config",)) -> ConfigDict:
     """Parses sys.argv and returns the checked config.
 
-    Raises UserError instead of a traceback for unknown flags, unknown keys and wrong types.
+    Raises UserError instead of a traceback for unknown flags, unknown keys, wrong types, and for
+    a config file that is missing or fails.
     """
+    path = _check_argv(sys.argv[1:])
     try:
         rest = flags.FLAGS(sys.argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
-        raise UserError(f"command line: {' '.join(str(e).split())}") from e
+        config = CONFIG.value
+        usable = hasattr(config, "lock")  # raises now what open() raised in the config file
+    except Exception as e:  # a config file may raise anything
+        raise UserError(_explain(e, path)) from e
     if len(rest) > 1:
         raise UserError(f"command line: {rest[1]!r} is no flag (flags look like --config.seed=1)")
-    missing = [f"--{name}" for name in required if not flags.FLAGS[name].value]
+    missing = [f"--{name}" for name in required if flags.FLAGS[name].value in (None, "")]
+    if not usable:
+        raise UserError(f"config file {path}: get_config() gave {config!r}, not a ConfigDict")
     if missing:
         raise UserError(f"command line: {' and '.join(missing)} must be given")
-    config = CONFIG.value
     check(config)
     return config
+
+
+def _check_argv(arguments: list[str]) -> str:
+    """The path of the config file; UserError where it is no file, or for a --config.key unknown."""
+    path, valid = None, flat(to_dict(default()))
+    for i, argument in enumerate(arguments):
+        if argument in ("--config", "-config"):
+            path = "".join(arguments[i + 1 : i + 2])
+        elif found := re.match(r"--?config=(.*)", argument):
+            path = found[1]
+        elif found := re.match(r"--?(?:no)?config\.([^=[]*)", argument):
+            key = found[1]
+            if key not in valid and not any(k.startswith(f"{key}.") for k in valid):
+                raise UserError(
+                    f"command line: config key {key!r} is unknown, {nearest(key, valid)}"
+                )
+    if path is None:
+        raise UserError("command line: --config must be given, e.g. --config configs/quickstart.py")
+    path = path.partition(":")[0]  # what follows is an argument of get_config
+    file = pathlib.Path(path)
+    if not file.is_file():
+        near = {str(p) for d in (file.parent, pathlib.Path("configs")) for p in d.glob("*.py")}
+        raise UserError(f"config file {path!r} does not exist, {nearest(path, near)}")
+    return path
+
+
+def _explain(error: Exception, path: str) -> str:
+    """What went wrong while the flags were parsed; names the line where the config file failed."""
+    chain: list[BaseException] = [error]  # the flags library wraps some errors of a config file
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    for e in chain:
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
+        line = e.lineno if isinstance(e, SyntaxError) else frames[-1].lineno if frames else None
+        if line is not None:
+            return f"config file {path}, line {line}: {type(e).__name__}: {_one_line(e)}"
+    if "has no attribute 'get_config'" in str(error):
+        return f"config file {path} has no function get_config()"
+    if found := re.match(r"flag --(?:no)?config\.([^=]+)=(.*?): ", str(error), re.DOTALL):
+        key, got = found.groups()
+        usual = flat(to_dict(default())).get(key)
+        if usual is not None:
+            kind = {bool: "True or False", int: "a whole number", float: "a number"}
+            expected = kind.get(type(usual), f"a {type(usual).__name__}")
+            return f"command line: {key} is {got!r}, expected {expected}, e.g. {usual!r}"
+    return f"command line: {_one_line(error)}"
+
+
+def _one_line(e: BaseException) -> str:
+    return " ".join((e.msg if isinstance(e, SyntaxError) else str(e)).split())

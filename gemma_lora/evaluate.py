@@ -6,6 +6,7 @@ prints one JSON line and writes DIR/ledger/*.parquet. Without --adapter it evalu
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from gemma_lora.data.dataset import Dataset, loss_slots, tokenize
 from gemma_lora.data.pipeline import fixed_set
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import replace_file
+from gemma_lora.metrics import finite
 from gemma_lora.model import no_wrap
 from gemma_lora.sharding import batch_sharding, make_mesh, to_global, tree_shardings
 from gemma_lora.step import make_eval_step
@@ -66,7 +68,8 @@ def ledger_rows(
         np.add.at(sums["tokens"], owner[mine], 1)
         for name, x in values.items():
             np.add.at(sums[name], owner[mine], x[mine].astype(np.float64))
-        np.maximum.at(largest, owner[mine], values["nll"][mine].astype(np.float64))
+        with np.errstate(invalid="ignore"):  # NaN stays NaN; the caller looks for it
+            np.maximum.at(largest, owner[mine], values["nll"][mine].astype(np.float64))
     return {
         "id": np.array([e.id for e in data.examples], object),
         "split": np.array([split] * n, object),
@@ -129,23 +132,49 @@ def _write_table(path: pathlib.Path, table: pyarrow.Table) -> None:
         pyarrow.parquet.write_table(table, temporary)
 
 
-ADAPTER = flags.DEFINE_string("adapter", "", "A PEFT adapter directory; the base model without.")
-OUT = flags.DEFINE_string("out", None, "Directory that takes the ledger.")
+def not_finite(rows: dict[str, np.ndarray]) -> list[str]:
+    """Ids of the examples whose loss is infinite or no number."""
+    return [i for i, nll in zip(rows["id"], rows["nll"], strict=True) if not math.isfinite(nll)]
+
+
+def check_rows(batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError where the devices cannot share the rows of a batch evenly."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % ways:
+        raise UserError(
+            f"data.batch_size is {batch_size}, expected a multiple of {ways}: mesh data="
+            f"{mesh.shape['data']}, fsdp={mesh.shape['fsdp']} shares the rows among its devices"
+        )
+
+
+def _claim(out: pathlib.Path) -> None:
+    """Makes --out; UserError where that fails, or where it would overwrite a run's own ledger."""
+    if (out / "config.json").exists():
+        raise UserError(f"--out {out} is the workdir of a training run; give another directory")
+    try:
+        (out / "ledger").mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {out} cannot be used: {e.strerror}") from e
 
 
 def main() -> None:
+    # Defined here: train imports this module and must not take these flags.
+    flags.DEFINE_string("adapter", "", "A PEFT adapter directory; the base model without.")
+    flags.DEFINE_string("out", None, "Directory that takes the ledger.")
     config = parse_flags(("config", "out"))
-    out = pathlib.Path(OUT.value)
+    out, adapter = pathlib.Path(flags.FLAGS.out), flags.FLAGS.adapter
+    _claim(out)
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
     wrap, lora = no_wrap, {}
-    if ADAPTER.value:
-        wrap, lora = peft.read(pathlib.Path(ADAPTER.value), pretrained.arch)
+    if adapter:
+        wrap, lora = peft.read(pathlib.Path(adapter), pretrained.arch)
     where = config.data.path or config.data.source
     rows = sources.read(config.data.source, config.data.path, config.data.limit)
     found = tokenize(rows, pretrained.tokenizer(), config.data, where)
     if not found.examples:
         raise UserError(f"{where}: no example has a token that carries loss within data.seq_len")
     mesh = make_mesh(config.mesh)
+    check_rows(config.data.batch_size, mesh)
     model = build_model(pretrained.arch, config, wrap)
     base = load_base(pretrained, model, mesh)
     if lora:
@@ -158,7 +187,8 @@ def main() -> None:
         write_ledger(out / "ledger" / "eval_000000.parquet", [ledger])
         write_examples(out / "ledger" / "examples.parquet", {"eval": data})
         left_out = {"truncated": len(found.truncated), "dropped": len(found.dropped)}
-        print(json.dumps({**metrics(ledger, config.data.batch_size), **left_out}), flush=True)
+        numbers = metrics(ledger, config.data.batch_size) | left_out
+        print(json.dumps(finite(numbers)), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -30,23 +31,33 @@ def banner(title: str, facts: dict[str, Any]) -> None:
     """A section of the run's opening scroll: a title and one line a fact."""
     say(f"\n== {title} " + "=" * max(0, 76 - len(title)))
     for name, value in facts.items():
-        say(f"   {name:<22} {value}")
+        lines = textwrap.wrap(str(value), 74, break_long_words=False, break_on_hyphens=False)
+        for i, line in enumerate(lines):
+            say(f"   {'' if i else name:<22} {line}")
+
+
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with None for every number that is not finite: JSON has no infinity."""
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+    }
 
 
 class Metrics:
     """Writes records to <workdir>/metrics.jsonl and TensorBoard, lines to the terminal."""
 
-    def __init__(self, workdir: pathlib.Path, start: int, total: int):
-        """Drops what an earlier run wrote after step `start`: it will be written again."""
+    def __init__(self, workdir: pathlib.Path, start: int | None, total: int):
+        """Drops what was written after step `start` (None: everything): it comes again."""
         self._on = jax.process_index() == 0
         if not self._on:
             return
         self.path = workdir / "metrics.jsonl"
         old = read(self.path) if self.path.exists() else []
-        kept = [r for r in old if r["step"] <= start and start]
+        first = 0 if start is None else start + 1
+        kept = [r for r in old if r["step"] < first]
         write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first)
         self._bar = None
         if sys.stdout.isatty():
             self._bar = Progress(
@@ -57,17 +68,14 @@ class Metrics:
                 console=Console(file=sys.stdout),
                 transient=True,
             )
-            self._task = self._bar.add_task("train", total=total, completed=start)
+            self._task = self._bar.add_task("train", total=total, completed=start or 0)
             self._bar.start()
 
     def write(self, record: dict[str, Any], line: str) -> None:
         """Appends a record (numbers that are not finite become null) and prints its line."""
         if not self._on:
             return
-        clean = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in record.items()
-        }
+        clean = finite(record)
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
         for k, v in clean.items():
@@ -76,7 +84,7 @@ class Metrics:
                 self._board.add_scalar(name, v, record["step"])
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"])
-            self._bar.console.print(line, highlight=False, markup=False)
+            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
         else:
             print(line, flush=True)
 

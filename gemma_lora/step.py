@@ -84,7 +84,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.lora)
         lora = optax.apply_updates(state.lora, updates)
-        metrics = {**sums, "grad_norm": optax.global_norm(grads)}
+        metrics = {**sums, "grad_norm": optax.tree.norm(grads)}
         return State(state.step + 1, lora, opt_state), metrics
 
     return step

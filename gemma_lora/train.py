@@ -8,6 +8,7 @@ The same command continues a run that was interrupted.
 import importlib.metadata
 import json
 import math
+import os
 import pathlib
 import signal
 from typing import Any
@@ -26,7 +27,7 @@ from gemma_lora.data.pipeline import describe, load_data
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import write_text
 from gemma_lora.lora import LoRAConfig, check_targets, count
-from gemma_lora.metrics import Metrics, Phases, Timer, banner, clock, say
+from gemma_lora.metrics import Metrics, Phases, Timer, banner, clock, finite, say
 from gemma_lora.optim import optimizer, schedule
 from gemma_lora.sharding import batch_sharding, make_mesh, replicated, to_global, tree_shardings
 from gemma_lora.step import State, make_eval_step, make_train_step
@@ -58,20 +59,24 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         tokenizer = pretrained.tokenizer()
     arch = pretrained.arch
     mesh = make_mesh(config.mesh)
+    evaluate.check_rows(config.data.batch_size, mesh)
     model = build_model(arch, config, wrap)
     abstract = model.abstract()
     adapted = check_targets(wrap, nn.unbox(abstract["params"]))
     versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax")}
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    name = arch.family if config.arch == "auto" else config.arch
     banner(
         "model",
         {
-            "arch": f"{config.arch}: {count(abstract['params']):,} frozen parameters",
-            "weights": f"{config.weights}  {pretrained.notice}",
-            "adapters": f"{count(abstract['lora']):,} trainable parameters on "
-            f"{', '.join(adapted)}; r {wrap.rank}, scale {wrap.scale:g}, dropout {wrap.dropout:g}",
+            "arch": f"{name}: {count(abstract['params']):,} frozen parameters",
+            "weights": f"{config.weights}. {pretrained.notice}".rstrip(". "),
+            "adapters": f"{count(abstract['lora']):,} trainable parameters; r {wrap.rank}, "
+            f"scale {wrap.scale:g}, dropout {wrap.dropout:g}",
+            "adapted": ", ".join(adapted),
             "dtype": f"{config.dtype}, adapters float32; remat {config.remat}",
-            "devices": f"{device}, mesh {dict(mesh.shape)}, jax {versions['jax']}",
+            "devices": f"{device}, mesh {', '.join(f'{a}={n}' for a, n in mesh.shape.items())}; "
+            f"jax {versions['jax']}",
         },
     )
 
@@ -83,18 +88,19 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     every = config.train.eval_every
     every = max(1, round(every * steps_per_epoch)) if every < 1 else int(every)
     banner("data", describe(config, train_set, counts, total, every))
-
-    # ---- weights, adapters, optimizer; or what an earlier run left ------------------------------
-    with mark("load weights"):
-        base = jax.block_until_ready(load_base(pretrained, model, mesh))
     tx = optimizer(config.optim, total)
     learning_rate = schedule(config.optim, total)
+
+    # ---- weights, adapters, optimizer; or what an earlier run left ------------------------------
+    say("\n   loading the weights and compiling ...")
+    with mark("load weights"):
+        base = jax.block_until_ready(load_base(pretrained, model, mesh))
     state = _init_state(config, model, abstract, tx, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints")
     notes: dict[str, Any] = {
         "data": train_set.fingerprint() + validation.fingerprint(),
         "best_loss": math.inf,
-        "best_step": 0,
+        "best_step": None,
         "bad_evals": 0,
         "seconds": 0.0,
         "tokens": 0,
@@ -135,7 +141,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     # ---- the loop -------------------------------------------------------------------------------
     run: dict[str, Any] = {
         "status": "running",
-        "arch": config.arch,
+        "arch": name,
         "weights": config.weights,
         "trainable_parameters": count(abstract["lora"]),
         "base_parameters": count(abstract["params"]),
@@ -149,8 +155,11 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         "phases": phases.seconds,
         "nan": None,
     }
-    metrics = Metrics(workdir, start or 0, total)
+    metrics = Metrics(workdir, start, total)
     timer = Timer(notes["seconds"])
+
+    def at(step: int) -> str:
+        return f"{step:>{len(str(total))}}/{total}"
 
     def save_run(status: str, step: int, **more: Any) -> None:
         run.update(
@@ -160,10 +169,10 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
             **more,
         )
         if jax.process_index() == 0:
-            write_text(workdir / "run.json", json.dumps(_finite(run), indent=2) + "\n")
+            write_text(workdir / "run.json", json.dumps(finite(run), indent=2) + "\n")
 
-    def evaluate_now(step: int) -> float:
-        """Both fixed sets: ledger, metrics, best so far. Returns the validation loss."""
+    def evaluate_now(step: int) -> None:
+        """Both fixed sets: ledger, metrics, best so far; raises _NotFiniteError."""
         with mark("evaluate"):
             parts = [
                 evaluate.ledger_rows(eval_step, state.lora, base, data, mesh, name, step)
@@ -173,7 +182,8 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         if jax.process_index() == 0:
             evaluate.write_ledger(workdir / "ledger" / f"eval_{step:06d}.parquet", parts)
         loss = found["validation"]["loss"]
-        better = loss < notes["best_loss"]
+        bad = [i for p in parts for i in evaluate.not_finite(p)]
+        better = not bad and loss < notes["best_loss"]
         if better:
             notes.update(best_loss=loss, best_step=step, bad_evals=0)
         else:
@@ -183,22 +193,25 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         metrics.write(
             {"kind": "eval", "step": step, "epoch": step / steps_per_epoch, **flat,
              "seconds": notes["seconds"]},
-            f"eval {step:>6}/{total}  validation loss {loss:.4f}  "
+            f"eval {at(step)}  validation loss {loss:.4f}  "
             f"acc {found['validation']['token_accuracy']:.4f}  "
-            f"train-probe loss {found['train_probe']['loss']:.4f}"
-            + ("  best" if better else f"  no better for {notes['bad_evals']}"),
+            f"train-probe loss {found['train_probe']['loss']:.4f}  "
+            + ("best" if better else f"{notes['bad_evals']} without a better one"),
         )  # fmt: skip
-        return loss
+        if bad:
+            raise _NotFiniteError(step, bad)
 
     def log(step: int, sums: dict[str, jax.Array], batch_tokens: int) -> None:
-        """The record of a finished step; raises FloatingPointError when it is not finite."""
+        """The record of a finished step; raises _NotFiniteError."""
         sums = {k: np.asarray(v, np.float64) for k, v in jax.device_get(sums).items()}
         seconds = timer.lap()
         loss_tokens = sums["tokens"].sum()
         loss = float(sums["nll"].sum() / loss_tokens)
         norm = float(sums["grad_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(step)
+            owners = train_set.batch_at(step - 1).owner
+            members = np.unique(owners[owners >= 0])
+            raise _NotFiniteError(step, [train_set.examples[i].id for i in members])
         notes["tokens"] += batch_tokens
         notes["loss_tokens"] += int(loss_tokens)
         accuracy = float(sums["correct"].sum() / loss_tokens)
@@ -210,25 +223,25 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
              "token_accuracy": accuracy, "trl_compat/mean_token_accuracy": trl, "lr": rate,
              "grad_norm": norm, "tokens": batch_tokens, "loss_tokens": int(loss_tokens),
              "seconds": notes["seconds"], "step_seconds": seconds},
-            f"step {step:>6}/{total}  epoch {step / steps_per_epoch:.2f}  loss {loss:.4f}  "
-            f"acc {accuracy:.4f}  lr {rate:.2e}  grad {norm:.3f}  {batch_tokens / seconds:,.0f} "
-            f"tok/s  eta {clock((total - step) * seconds)}",
+            f"step {at(step)}  epoch {step / steps_per_epoch:.2f}  loss {loss:.4f}  "
+            f"acc {accuracy:.4f}  lr {rate:.2e}  grad {norm:.3f}  "
+            f"{batch_tokens / seconds:>7,.0f} tok/s  eta {clock((total - step) * seconds)}",
         )  # fmt: skip
 
     with _Interrupt() as interrupt:
         step = start or 0
         status = "finished"
-        if start is None:
-            sets = {"train": train_set, "validation": validation, "train_probe": probe}
-            if jax.process_index() == 0:
-                evaluate.write_examples(workdir / "ledger" / "examples.parquet", sets)
-            loss = evaluate_now(0)
-            checkpoints.save(0, state, notes, loss)
-        save_run("running", step)
-        batches = iter(train_set.batches(step, total))
         in_flight: tuple | None = None
-        timer.lap()
         try:
+            if start is None:
+                sets = {"train": train_set, "validation": validation, "train_probe": probe}
+                if jax.process_index() == 0:
+                    evaluate.write_examples(workdir / "ledger" / "examples.parquet", sets)
+                evaluate_now(0)
+                checkpoints.save(0, state, notes)
+            save_run("running", step)
+            batches = iter(train_set.batches(step, total))
+            timer.lap()
             while step < total and not _patience_over(notes, config):
                 batch = next(batches)
                 arrays = to_global(batch.arrays, mesh)
@@ -244,8 +257,9 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
                 if saving or interrupt.asked:
                     log(*in_flight)
                     in_flight = None
-                    loss = evaluate_now(step) if evaluating else None
-                    checkpoints.save(step, state, notes, loss)
+                    if evaluating:
+                        evaluate_now(step)
+                    checkpoints.save(step, state, notes)
                     save_run("running", step)
                     timer.lap()
                 if interrupt.asked:
@@ -254,11 +268,8 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
             else:
                 if step < total:
                     status = "stopped early"
-        except FloatingPointError as e:
-            bad = int(e.args[0])
-            owners = train_set.batch_at(bad - 1).owner
-            ids = [train_set.examples[i].id for i in np.unique(owners[owners >= 0])]
-            status, run["nan"] = "nan", {"steps": [bad, bad], "ids": ids}
+        except _NotFiniteError as e:
+            step, status, run["nan"] = e.step, "nan", {"steps": [e.step, e.step], "ids": e.ids}
         finally:
             metrics.close()
             checkpoints.close()
@@ -268,18 +279,34 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     if status == "interrupted":
         say(f"\ninterrupted after step {step}; the same command continues from there")
         raise SystemExit(130)
-    best = Checkpoints(workdir / "checkpoints").restore(notes["best_step"], state)[0]
-    written = {}
-    if jax.process_index() == 0:
-        lora = jax.device_get(best.lora)
-        peft.export(workdir / "adapter", lora, wrap, arch, pretrained.base_name)
-        written = report.write(workdir)
-        say(f"\nadapter of step {notes['best_step']} (PEFT format): {workdir / 'adapter'}")
-        say(f"report: {workdir / 'report.md'}")
+    best = notes["best_step"]
+    if best is not None:
+        checkpoints = Checkpoints(workdir / "checkpoints")
+        state = checkpoints.restore(best, state)[0]
+        checkpoints.close()
+        # Whole on every process, so that the first one can write all of it.
+        lora = jax.jit(lambda x: x, out_shardings=replicated(mesh))(state.lora)
+        if jax.process_index() == 0:
+            peft.export(workdir / "adapter", lora, wrap, arch, pretrained.base_name)
+    written = report.write(workdir) if jax.process_index() == 0 else {}
     if status == "nan":
+        ids = run["nan"]["ids"]
+        more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
         raise UserError(
-            f"the loss or gradient was not finite at step {run['nan']['steps'][0]}, on examples "
-            f"{', '.join(run['nan']['ids'])}; the adapter is that of step {notes['best_step']}"
+            f"the loss or its gradient was not finite at step {step}, on examples "
+            f"{', '.join(ids[:8])}{more}; "
+            + ("no adapter was written" if best is None else f"the adapter is that of step {best}")
+        )
+    if written:
+        banner(
+            status,
+            {
+                "validation loss": "{start:.4f} -> {best:.4f}: {conclusion}".format(
+                    **written["validation"]["loss"]
+                ),
+                "adapter": f"{workdir / 'adapter'} (PEFT format), of step {best}",
+                "report": workdir / "report.md",
+            },
         )
     return written
 
@@ -309,11 +336,12 @@ def _patience_over(notes: dict[str, Any], config: Any) -> bool:
     return bool(config.train.patience) and notes["bad_evals"] >= config.train.patience
 
 
-def _finite(tree: Any) -> Any:
-    """JSON has no infinity: None instead."""
-    return jax.tree.map(
-        lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, tree
-    )
+class _NotFiniteError(Exception):
+    """The loss or the gradient of a step, or the loss of the eval after it, is not finite."""
+
+    def __init__(self, step: int, ids: list[str]):
+        super().__init__(step, ids)
+        self.step, self.ids = step, ids
 
 
 class _Interrupt:
@@ -328,7 +356,8 @@ class _Interrupt:
         if self.asked:  # the second time means now
             raise KeyboardInterrupt
         self.asked = True
-        say("\nstopping after this step; once more to stop at once")
+        # print may be what was interrupted, and cannot be entered twice.
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     def __exit__(self, *exc: Any) -> None:
         for number, handler in self._old.items():

@@ -17,22 +17,24 @@ from gemma_lora.files import write_text
 def claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> bool:
     """Makes the workdir this run's, before anything expensive; True if the run was begun before.
 
+    A start that failed before its first checkpoint leaves config.json alone, which does not bind.
     Raises UserError when it belongs to another run (naming the keys that differ), is not a
     directory, cannot be written, or has less free space than `need_bytes`.
     """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"workdir {workdir} is a file, expected a directory or a new name")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = workdir / "config.json"
-        begun = file.exists()
-        if begun:
-            differ = differences(config, json.loads(file.read_text()))
-            if differ:
-                raise UserError(
-                    f"workdir {workdir} belongs to a run with another config: "
-                    f"{'; '.join(differ)}. Give another --workdir, or the same config"
-                )
-        elif any(workdir.iterdir()):
+        # Hidden files are no run: another process of this run may be writing config.json.
+        begun = any(p != file and not p.name.startswith(".") for p in workdir.iterdir())
+        if begun and not file.exists():
             raise UserError(f"workdir {workdir} is not empty and holds no run; give another one")
+        if begun and (differ := differences(config, _read(file))):
+            raise UserError(
+                f"workdir {workdir} belongs to a run with another config: "
+                f"{'; '.join(differ)}. Give another --workdir, or the same config"
+            )
         free = shutil.disk_usage(workdir).free
         if free < need_bytes:
             raise UserError(
@@ -43,3 +45,13 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> boo
     except OSError as e:
         raise UserError(f"workdir {workdir} cannot be used: {e.strerror or e}") from e
     return begun
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{file} is not JSON ({e}); give another --workdir") from e
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is not the config of a run; give another --workdir")
+    return found

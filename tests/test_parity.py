@@ -38,13 +38,32 @@ def expected(source: str, name: str) -> dict[str, np.ndarray]:
     if source == "golden":
         return dict(np.load(GOLDENS / f"{name}.npz"))
     make_goldens = pytest.importorskip("make_goldens", reason="torch, transformers, peft absent")
-    makers = {"trajectory": make_goldens.trajectory_golden, "real": make_goldens.real_golden}
+    makers = {
+        "trajectory": make_goldens.trajectory_golden,
+        "real": functools.partial(make_goldens.real_golden, whole=True),
+    }
     return makers.get(name, functools.partial(make_goldens.tiny_golden, name))()
 
 
 def close(got, want, limit: float, what: str = "") -> None:
     worst = float(np.max(np.abs(np.asarray(got, np.float64) - np.asarray(want, np.float64))))
     assert worst <= limit, f"{what} differs by {worst:.2e}, limit {limit:.0e}"
+
+
+def close_matrices(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
+    """Trained matrices agree within 1e-3 (Frobenius norm of the difference, relative).
+
+    Where B is still zero, Adam's first step is lr * sign(gradient): an element whose gradient is
+    within rounding of zero may start in either direction. The same code in float64 and float32
+    differs so in one or two elements of some matrix, which alone can exceed the limit; so up to two
+    elements a matrix may be of that kind, and with them it must still agree within 1e-2.
+    """
+    assert got.keys() == want.keys() and want
+    for key, value in want.items():
+        off = np.sort(np.abs(np.asarray(got[key], np.float64) - value).ravel())
+        norm = np.linalg.norm(value)
+        assert np.linalg.norm(off[:-2]) <= 1e-3 * norm, f"{key} is off by {off[-9:]}"
+        assert np.linalg.norm(off) <= 1e-2 * norm, f"{key} is off by {off[-9:]}"
 
 
 # ---- tiny models of every family -------------------------------------------------------------
@@ -109,10 +128,7 @@ def test_trajectory_of_20_steps(source):
     )
     assert np.all(np.abs(losses / want["losses"] - 1) <= 1e-4)
     assert np.all(np.abs(norms / want["grad_norms"] - 1) <= 1e-3)
-    assert final.keys() == {k for k in want if k.startswith("base_model")}
-    for key, value in final.items():
-        off = np.linalg.norm(value - want[key]) / np.linalg.norm(want[key])
-        assert off <= 1e-3, f"{key} is off by {off:.1e}"
+    close_matrices(final, {k: v for k, v in want.items() if k.startswith("base_model")})
 
 
 # ---- real Gemma 3 270M -----------------------------------------------------------------------
@@ -199,9 +215,8 @@ def test_real_trajectory_of_20_steps(real, source):
     assert np.all(np.abs(norms / want["train_grad_norms"] - 1) <= 1e-3)
     for key, norm in zip(start, want["train_final_norms"], strict=True):
         assert abs(np.linalg.norm(final[key]) / norm - 1) <= 1e-3, key
-    for key in (k for k in want if k.startswith("base_model")):
-        off = np.linalg.norm(final[key] - want[key]) / np.linalg.norm(want[key])
-        assert off <= 1e-3, f"{key} is off by {off:.1e}"
+    matrices = {k: v for k, v in want.items() if k.startswith("base_model")}
+    close_matrices({k: final[k] for k in matrices}, matrices)
 
 
 def test_real_greedy_continuation(real):

@@ -53,8 +53,9 @@ def load_data(
         shared = {e.id for e in train_part} & {e.id for e in validation_part}
         if shared:
             raise UserError(
-                f"{len(shared)} ids are in both data.path and data.validation_path, "
-                f"e.g. {min(shared)}"
+                f"{len(shared)} ids are in both {data.path or data.source} and "
+                f"{data.validation_path}, e.g. {min(shared)} (a row without an 'id' is named after "
+                "its file)"
             )
     else:
         train_part, validation_part = split(
@@ -96,6 +97,7 @@ def describe(
     """The facts of the data banner, the batch arithmetic among them."""
     data, train = config.data, config.train
     steps = train_set.steps_per_epoch
+    empty = steps * data.batch_size - len(train_set.plan(0))
     facts = {
         "source": data.path or data.source,
         "examples": f"{counts['train']:,} train, {counts['validation']:,} validation, "
@@ -105,7 +107,7 @@ def describe(
         f"{data.batch_size // train.micro_batches}; {data.seq_len} tokens a row, "
         f"{train_set.slots} of them may carry loss; {100 * train_set.fill:.1f} % filled"
         + (", packed" if data.pack else ""),
-        "epoch": f"{steps:,} steps, the last one filled up with empty rows",
+        "epoch": f"{steps:,} steps" + (f", the last with {empty} empty rows" if empty else ""),
         "run": f"{total:,} steps = {total / steps:.2f} epochs; "
         f"eval at 0 and every {every} steps: {1 + -(-total // every)} evals",
     }

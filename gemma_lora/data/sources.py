@@ -4,10 +4,13 @@ A source yields rows, plain dicts of fields, each with a stable string 'id'. A n
 function here and one line in SOURCES.
 """
 
+import importlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
 from etils import epath
 
@@ -29,18 +32,23 @@ def read(source: str, path: str, limit: int) -> list[Row]:
     else:
         kind, _, argument = source.partition(":")
         if kind not in SOURCES:
-            raise UserError(f"data.source {source!r} is unknown, {nearest(kind, SOURCES)}")
+            raise UserError(
+                f"data.source {source!r} is unknown, {nearest(kind, SOURCES)}; "
+                "a file is given as data.path"
+            )
         rows, stem = SOURCES[kind](argument), argument.replace("/", "-") or kind
     out: list[Row] = []
     seen: set[str] = set()
-    for i, row in enumerate(rows):
-        if limit and i >= limit:
-            break
-        ident = str(row.get("id", f"{stem}-{i:06d}"))
-        if ident in seen:
-            raise UserError(f"{path or source}: the id {ident!r} occurs twice (row {i})")
-        seen.add(ident)
-        out.append({**row, "id": ident})
+    try:
+        for i, row in enumerate(itertools.islice(rows, limit or None)):
+            given = row.get("id")
+            ident = f"{stem}-{i:06d}" if given is None else str(given)
+            if ident in seen:
+                raise UserError(f"{path or source}: the id {ident!r} occurs twice (row {i})")
+            seen.add(ident)
+            out.append({**row, "id": ident})
+    except (OSError, ImportError) as e:  # ImportError: gs:// needs a package of its own
+        raise UserError(f"{path or source} cannot be read: {_line(e)}") from e
     if not out:
         raise UserError(f"{path or source} holds no rows")
     return out
@@ -51,32 +59,41 @@ def read_file(path: str) -> Iterator[Row]:
     file = epath.Path(path)
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
     if file.suffix not in readers:
-        raise UserError(f"data file {path}: ending {file.suffix!r}, {nearest(path, readers)}")
+        raise UserError(
+            f"data file {path}: ending {file.suffix!r} is unknown, {nearest(file.suffix, readers)}"
+        )
+    return _rows(file, readers[file.suffix])
+
+
+def _rows(file: epath.Path, reader: Callable[[epath.Path], Iterable[Row]]) -> Iterator[Row]:
     if not file.exists():
-        there = [p.name for p in file.parent.iterdir()] if file.parent.exists() else []
-        raise UserError(f"data file {path} does not exist; {nearest(file.name, there)}")
-    return readers[file.suffix](file)
+        if not file.parent.exists():
+            raise UserError(f"data file {file} does not exist, nor does its directory")
+        there = [p.name for p in file.parent.iterdir()]
+        raise UserError(f"data file {file} does not exist, {nearest(file.name, there)}")
+    yield from reader(file)
 
 
 def _jsonl(file: epath.Path) -> Iterator[Row]:
-    with file.open("r", encoding="utf-8") as f:
+    with file.open("rb") as f:  # bytes, so that a line that is not UTF-8 is named as well
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except ValueError as e:
-                raise UserError(f"{file}, line {number}: not JSON: {e}") from e
+                raise UserError(f"{file}, line {number}: not JSON: {_line(e)}") from e
             if not isinstance(row, dict):
-                raise UserError(f"{file}, line {number}: expected an object, got {line[:60]!r}")
+                shown = line.strip()[:60].decode(errors="replace")
+                raise UserError(f"{file}, line {number}: expected an object, got {shown!r}")
             yield row
 
 
 def _json(file: epath.Path) -> Iterable[Row]:
     try:
-        rows = json.loads(file.read_text())
+        rows = json.loads(file.read_bytes())
     except ValueError as e:
-        raise UserError(f"{file}: not JSON: {e}") from e
+        raise UserError(f"{file}: not JSON: {_line(e)} (one object a line is .jsonl)") from e
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
         raise UserError(f"{file}: expected a list of objects (one object a line is .jsonl)")
     return rows
@@ -86,33 +103,59 @@ def _parquet(file: epath.Path) -> Iterable[Row]:
     try:
         with file.open("rb") as f:
             return pyarrow.parquet.read_table(f).to_pylist()
-    except pyarrow.ArrowInvalid as e:
-        raise UserError(f"{file}: not a Parquet file: {e}") from e
+    except pyarrow.ArrowException as e:
+        raise UserError(f"{file}: not a Parquet file: {_line(e)}") from e
+
+
+def _line(e: Exception) -> str:
+    """The message of an exception of someone else's, as one line of bounded length."""
+    text = " ".join(str(e).split())
+    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def _generated(argument: str) -> Iterable[Row]:
-    if not argument.isdigit():
+    if not argument.isdecimal():
         raise UserError(f"data.source 'generated:{argument}': expected a count, e.g. generated:600")
     return generated.problems(int(argument))
 
 
 def _tfds(argument: str) -> Iterator[Row]:
-    """'name' or 'name/split' (default train), through tfds' TensorFlow-free reader."""
-    import tensorflow_datasets as tfds  # takes seconds to import
+    """'name' or 'name[/config]/split' (default train), downloaded and prepared where it is not yet.
 
-    name, _, split = argument.partition("/")
+    array_record is the one file format that tfds reads and writes without TensorFlow.
+    """
+    import tensorflow_datasets as tfds
+
+    # tfds' own import of these stops, silently, at the first module that needs TensorFlow.
+    for part in ("text", "question_answering", "summarization", "translate"):
+        importlib.import_module(f"tensorflow_datasets.{part}")
+    name, _, split = argument.rpartition("/") if "/" in argument else (argument, "", "")
+    split = split or "train"
     try:
         builder = tfds.builder(name, file_format="array_record")
         builder.download_and_prepare()
-        rows = builder.as_data_source(split=split or "train")
+        rows = builder.as_data_source(split=split)
+    except tfds.core.DatasetNotFoundError as e:
+        known = nearest(name, tfds.list_builders(with_community_datasets=False))
+        raise UserError(f"TensorFlow Datasets has no {name!r}, {known}") from e
     except Exception as e:  # tfds has no common base of its errors
         raise UserError(
-            f"TensorFlow Datasets cannot give {argument!r}: {type(e).__name__}: {e}. "
-            "A local copy can be read with data.path"
+            f"TensorFlow Datasets cannot give {argument!r}: {type(e).__name__}: {_line(e)}; "
+            "a local copy can be read with data.path"
         ) from e
     for i, row in enumerate(rows):
-        fields = {k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()}
-        yield {"id": f"{name}-{split or 'train'}-{i:06d}", **fields}
+        fields = {k: _plain(v) for k, v in row.items()}
+        yield {"id": f"{name.replace('/', '-')}-{split}-{i:06d}", **fields}
+
+
+def _plain(value: Any) -> Any:
+    """A field of tfds as text or a plain number where it is one."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value  # a template that uses it says that it is no text
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
 SOURCES: dict[str, Callable[[str], Iterable[Row]]] = {"tfds": _tfds, "generated": _generated}

@@ -4,6 +4,8 @@ A template is a format string. Its last field, and what follows it, is the compl
 is the prompt. Where several variants are given, the first whose fields are all non-empty is used.
 """
 
+import functools
+import re
 import string
 from typing import Any
 
@@ -63,23 +65,41 @@ def render(
         value = row[field]
         if field == "label" and isinstance(value, int):
             if not 0 <= value < len(labels):
-                raise UserError(f"{where}: label {value}, but data.labels names {len(labels)}")
+                raise UserError(
+                    f"{where}: label {value}, but data.labels has {len(labels)} words, {labels} "
+                    "(on the command line: --config.data.labels=\"('a', 'b')\")"
+                )
             value = labels[value]
-        if isinstance(value, (dict, list)):
+        if not isinstance(value, (str, int, float)):
             raise UserError(f"{where}: field {field!r} is a {type(value).__name__}, expected text")
         values[field] = str(value)
-    head, tail = _split(template)
-    prompt = head.format(**values)
-    return prompt + tail.format(**values), len(prompt)
-
-
-def _split(template: str) -> tuple[str, str]:
-    last = template.rindex("{" + _fields(template)[-1])
-    return template[:last], template[last:]
+    text, completion = "", 0
+    for literal, field in _parts(template):
+        text += literal
+        if field is not None:
+            completion = len(text)
+            text += values[field]
+    return text, completion
 
 
 def _fields(template: str) -> list[str]:
+    return [field for _, field in _parts(template) if field is not None]
+
+
+@functools.cache
+def _parts(template: str) -> list[tuple[str, str | None]]:
+    """(literal, the field after it or None) pairs; only plain {name} fields are allowed."""
     try:
-        return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parts = list(string.Formatter().parse(template))
     except ValueError as e:
         raise UserError(f"data.template {template!r} is no format string: {e}") from e
+    for _, field, spec, conversion in parts:
+        if field is None:
+            continue
+        if spec or conversion or field.isdecimal() or not re.fullmatch(r"[\w -]+", field):
+            shown = f"{field}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}"
+            raise UserError(
+                f"data.template {template!r} has {{{shown}}}, expected a plain field name, e.g. "
+                "{question}; a literal brace is written twice"
+            )
+    return [(literal, field) for literal, field, _, _ in parts]

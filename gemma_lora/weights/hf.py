@@ -1,6 +1,7 @@
 """Hugging Face safetensors, one file or shards, memory-mapped so that only used pages are read."""
 
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -60,7 +61,10 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
         return [path]
     index = path / "model.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{index} is corrupt: expected an object with a weight_map") from e
         missing = [s for s in shards if not (path / s).exists()]
         if missing:
             raise UserError(f"{index} names shards that are not there: {', '.join(missing)}")
@@ -74,17 +78,32 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
 
 def _header(file: pathlib.Path) -> tuple[dict[str, Any], int]:
     """(name -> entry, offset of the data): 8 bytes of length, then JSON, then the tensors."""
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or 8 + length > size:
-            raise UserError(f"{file} is no safetensors file, or is truncated ({size:,} bytes)")
-        try:
-            header = json.loads(f.read(length))
-        except ValueError as e:
-            raise UserError(f"{file} is no safetensors file: its header is not JSON ({e})") from e
-    header.pop("__metadata__", None)
-    end = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
-    if end != size:
-        raise UserError(f"{file} is corrupt: {size:,} bytes, its header says {end:,}")
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or 8 + length > size:
+                raise UserError(f"{file} is no safetensors file, or is truncated ({size:,} bytes)")
+            text = f.read(length)
+    except OSError as e:
+        raise UserError(f"cannot read {file}: {e.strerror}") from e
+    try:
+        header = json.loads(text)
+    except ValueError as e:
+        raise UserError(f"{file} is no safetensors file: its header is not JSON ({e})") from e
+    try:
+        header.pop("__metadata__", None)
+        spans = [(n, e["dtype"], e["shape"], *e["data_offsets"][:2]) for n, e in header.items()]
+        end = max((span[4] for span in spans), default=0)
+        wrong = [
+            f"{name} is {dtype} {shape} in {stop - begin:,} bytes"
+            for name, dtype, shape, begin, stop in spans
+            if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != stop - begin
+        ]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{file} is corrupt: its header does not describe tensors") from e
+    if 8 + length + end != size:
+        raise UserError(f"{file} is corrupt: {size:,} bytes, its header says {8 + length + end:,}")
+    if wrong:
+        raise UserError(f"{file} is corrupt: tensor {wrong[0]}")
     return header, 8 + length

@@ -5,6 +5,7 @@ linear weight is stored [out, in] by Hugging Face and GGUF; ours is [in..., out.
 `source.T.reshape(ours)` for every projection.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -104,17 +105,19 @@ def load(
     assert table.keys() == flat.keys(), f"NAMES lacks {flat.keys() - table.keys()}"
     _check(tensors, table, flat, arch)
     plus_one = form == "gguf" and arch.norm_plus_one  # GGUF stores 1 + w
+    # One device after another asks for its slice of the embedding, which GGUF dequantises whole.
+    read = functools.lru_cache(maxsize=1)(tensors.read)
 
     def leaf(ours: str, name: str, shape: jax.ShapeDtypeStruct, sharding) -> jax.Array:
         convert = _converter(ours, plus_one)
 
         def block(index: tuple[slice, ...]) -> np.ndarray:
             if "{i}" not in name:
-                return convert(tensors.read(name), shape.shape)[index].astype(shape.dtype)
+                return convert(read(name), shape.shape)[index].astype(shape.dtype)
             extent = [len(range(*s.indices(n))) for s, n in zip(index, shape.shape, strict=True)]
             out = np.empty(extent, shape.dtype)
             for row, i in zip(out, range(*index[0].indices(shape.shape[0])), strict=True):
-                row[...] = convert(tensors.read(name.format(i=i)), shape.shape[1:])[index[1:]]
+                row[...] = convert(read(name.format(i=i)), shape.shape[1:])[index[1:]]
             return out
 
         return jax.make_array_from_callback(shape.shape, sharding, block, dtype=shape.dtype)

@@ -59,7 +59,11 @@ def open_weights(weights: str, arch: str, sha256: str = "", tokenizer: str = "")
     home = path if path.is_dir() else path.parent
     facts = home / "config.json"
     if facts.exists():
-        found = Arch.from_hf(json.loads(facts.read_text()))
+        try:
+            stated = dict(json.loads(facts.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as e:
+            raise UserError(f"{facts} is corrupt: expected a JSON object ({e})") from e
+        found = Arch.from_hf(stated)
         chosen = found if arch == "auto" else get_arch(arch)
         _agree(dataclasses.asdict(chosen), dataclasses.asdict(found), arch, facts)
     elif arch == "auto":

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Makes a virtual environment with the newest Python it finds and installs pinned versions.
+#   launch/setup.sh VENV EXTRAS     e.g. launch/setup.sh .venv demo,test
+# PYTHON=/path/to/python picks the interpreter, PYTHON_VERSIONS="3.11" limits the search.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=$1 extras=$2
+
+works() { "$1" -c 'import sys, venv, ensurepip; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() {
+  local version candidate
+  for version in ${PYTHON_VERSIONS:-3.13 3.12 3.11}; do
+    # A name on the PATH can be a shim that runs nothing, so each candidate is tried.
+    for candidate in "python$version" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
+      if command -v "$candidate" >/dev/null && works "$candidate"; then
+        command -v "$candidate"
+        return
+      fi
+    done
+  done
+  echo "error: none of Python ${PYTHON_VERSIONS:-3.13, 3.12, 3.11} (with venv) was found;" \
+    "install one, or set PYTHON=/path/to/python" >&2
+  return 1
+}
+
+# A venv is complete when it was made from these very pins.
+stamp=$(cat pyproject.toml constraints.txt launch/setup.sh | cksum | tr -d ' ')-$extras
+if [ "$(cat "$venv/.stamp" 2>/dev/null || true)" = "$stamp" ]; then exit 0; fi
+python=${PYTHON:-$(find_python)}
+echo "installing gemma_lora[$extras] into $venv with $("$python" --version)"
+"$python" -m venv --clear "$venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+  --constraint constraints.txt --editable ".[$extras]"
+echo "$stamp" > "$venv/.stamp"

@@ -1,0 +1,315 @@
+"""Config files, the command line, the workdir: every mistake is one clear line."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from gemma_lora import config as configs
+from gemma_lora import files, workdir
+from gemma_lora.errors import UserError
+from gemma_lora.lora import LoRAConfig
+from gemma_lora.sharding import AXES
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = sorted((ROOT / "configs").glob("*.py"))
+
+
+def message(call, *args):
+    """The error's text, which must be one line."""
+    with pytest.raises(UserError) as e:
+        call(*args)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+# ---- the keys -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_every_config_file_builds(path):
+    scope = {}
+    exec(compile(path.read_text(), path, "exec"), scope)
+    config = scope["get_config"]()
+    configs.check(config)
+    LoRAConfig(**config.lora)
+    assert json.loads(json.dumps(configs.to_dict(config))) == configs.to_dict(config)
+
+
+def test_there_are_config_files():
+    assert ROOT / "configs" / "quickstart.py" in FILES
+    configs.check(configs.default())
+
+
+def test_every_key_is_read_by_something():
+    package = [p for p in (ROOT / "gemma_lora").rglob("*.py") if p.name != "config.py"]
+    source = "".join(p.read_text() for p in package)
+    known = {f"lora.{f}" for f in LoRAConfig.__dataclass_fields__} | {f"mesh.{a}" for a in AXES}
+    keys = set(configs.flat(configs.to_dict(configs.default())))
+    assert {k for k in keys if k.startswith(("lora.", "mesh."))} == known
+    dead = []
+    for key in keys - known:
+        # config.data.limit, or data.limit where `data = config.data`; config["data"]["limit"]
+        section, _, name = ("config." + key).rpartition(".")
+        section = section.rpartition(".")[2]
+        if not re.search(rf'\b{section}(\.{name}\b|\["{name}"\])', source):
+            dead.append(key)
+    assert not dead
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("dtype", "float16", "NaN; expected bfloat16 or float32"),
+        ("dtype", "int8", "expected bfloat16 or float32"),
+        ("seed", -1, "at least 0"),
+        ("vocab_chunk", 0, "at least 1"),
+        ("data.seq_len", 1, "at least 2"),
+        ("data.batch_size", 0, "at least 1"),
+        ("data.batch_size", 3, "not a multiple of train.micro_batches 2"),
+        ("data.limit", -1, "at least 0"),
+        ("data.validation_fraction", 0.0, "(0, 1)"),
+        ("data.validation_fraction", 1.0, "(0, 1)"),
+        ("optim.lr", 0.0, "positive"),
+        ("optim.lr", float("nan"), "positive"),
+        ("optim.clip", -1.0, "at least 0"),
+        ("optim.weight_decay", -0.1, "at least 0"),
+        ("train.epochs", 0, "train.max_steps"),
+        ("train.max_steps", -5, "at least 0"),
+        ("train.micro_batches", 0, "at least 1"),
+        ("train.save_every", 0, "at least 1"),
+        ("train.eval_every", 0.0, "positive"),
+        ("train.eval_every", 1.5, "a whole number"),
+        ("train.patience", -1, "at least 0"),
+    ],
+)
+def test_values_no_run_can_use(key, value, hint):
+    c = configs.default()
+    c.train.micro_batches = 2
+    configs.check(c)
+    c.update_from_flattened_dict({key: value})
+    text = message(configs.check, c)
+    assert key in text and hint in text and str(value) in text
+
+
+def test_unknown_and_missing_keys():
+    c = configs.default()
+    c.data.seqlen = 3
+    text = message(configs.check, c)
+    assert "'data.seqlen' is unknown" in text and "did you mean data.seq_len" in text
+    c = configs.default()
+    del c.optim.clip
+    assert "lacks optim.clip" in message(configs.check, c)
+    assert "lacks" in message(configs.check, ConfigDict())
+
+
+def test_differences():
+    a = configs.to_dict(configs.default())
+    b = json.loads(json.dumps(a))
+    assert configs.differences(a, b) == []
+    b["lora"]["rank"], b["new"] = 16, 1
+    assert configs.differences(a, b) == ["lora.rank: 8 here, 16 there", "new: None here, 1 there"]
+
+
+# ---- the command line -----------------------------------------------------------------------
+
+QUICK = ("--config", "configs/quickstart.py")
+
+
+def parse(monkeypatch, *arguments):
+    """parse_flags as a fresh process would run it; --workdir stands for a program's own flag."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    values = flags.FlagValues()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    monkeypatch.setattr(flags, "FLAGS", values)
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the last test's file
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    holder = config_flags.DEFINE_config_file("config", None, flag_values=values)
+    monkeypatch.setattr(configs, "CONFIG", holder)
+    return configs.parse_flags(("config", "workdir"))
+
+
+def test_values_from_the_command_line(monkeypatch):
+    more = ("--config.lora.rank=3", "--config.optim.lr", "1e-3", "--noconfig.data.pack")
+    c = parse(monkeypatch, *QUICK, "--workdir=x", *more, "--config.data.labels=('no','yes')")
+    assert (c.lora.rank, c.optim.lr, c.data.pack) == (3, 1e-3, False)
+    assert tuple(c.data.labels) == ("no", "yes") and c.data.batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hints"),
+    [
+        ((*QUICK, "--config.lorra.rank=3"), ["'lorra.rank' is unknown", "did you mean lora.rank"]),
+        ((*QUICK, "--config.batch_size=3"), ["'batch_size'", "did you mean data.batch_size?"]),
+        ((*QUICK, "--noconfig.data.pak"), ["'data.pak'", "did you mean data.pack"]),
+        ((*QUICK, "--config.lora.rank=abc"), ["lora.rank is 'abc', expected a whole number"]),
+        ((*QUICK, "--config.lora.rank", "1.5"), ["lora.rank is '1.5', expected a whole number"]),
+        ((*QUICK, "--config.optim.lr=fast"), ["optim.lr is 'fast', expected a number"]),
+        ((*QUICK, "--config.data.pack=maybe"), ["data.pack is 'maybe', expected True or False"]),
+        ((*QUICK, "--config.lora=3"), ["--config.lora=3"]),
+        ((*QUICK, "--config.dtype=float16"), ["dtype 'float16': Gemma overflows"]),
+        ((*QUICK, "--workdri=y"), ["'workdri'", "workdir"]),
+        ((*QUICK, "stray"), ["'stray' is no flag"]),
+        (("--config.lora.rank=3",), ["--config must be given"]),
+        (("--config", "configs/quickstat.py"), ["'configs/quickstat.py' does not exist",
+                                                "did you mean configs/quickstart.py"]),
+        (("--config=quickstart",), ["did you mean configs/quickstart.py"]),
+        (("--config=configs",), ["'configs' does not exist"]),
+        (("--config",), ["config file '' does not exist"]),
+    ],
+)  # fmt: skip
+def test_mistakes_on_the_command_line(monkeypatch, arguments, hints):
+    text = message(parse, monkeypatch, "--workdir=x", *arguments)
+    for hint in hints:
+        assert hint in text
+
+
+def test_what_must_be_given(monkeypatch):
+    assert "--config must be given" in message(parse, monkeypatch, "--workdir=x")
+    assert "--workdir must be given" in message(parse, monkeypatch, *QUICK)
+
+
+@pytest.mark.parametrize(
+    ("body", "hint"),
+    [
+        ("c.lora.rank = unknown", ", line 5: NameError: name 'unknown' is not defined"),
+        ("c.lora.rank = '8'", ", line 5: TypeError: Could not override field 'rank'"),
+        ("c.lora.rank = int('x')", ", line 5: ValueError: invalid literal"),
+        ("c.lora.rank = (", ", line 5: SyntaxError"),
+        ("raise UserError('too hot')", ", line 5: UserError: too hot"),
+        ("open('/no/file')", ", line 5: FileNotFoundError: [Errno 2] No such file"),
+        ("c.lora.rnk = 8", "'lora.rnk' is unknown, did you mean lora.rank"),
+        ("return 3", "get_config() gave 3"),
+        ("return None", "get_config() gave None"),
+    ],
+)
+def test_mistakes_in_a_config_file(tmp_path, monkeypatch, body, hint):
+    path = tmp_path / "mine.py"
+    lines = ["from gemma_lora.config import default", "from gemma_lora.errors import UserError"]
+    lines += ["def get_config():", "    c = default()", f"    {body}", "    return c"]
+    path.write_text("\n".join(lines))
+    text = message(parse, monkeypatch, "--workdir=x", f"--config={path}")
+    assert hint in text and (str(path) in text or "config key" in text)
+
+
+def test_a_config_file_without_get_config(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    text = message(parse, monkeypatch, "--workdir=x", f"--config={tmp_path / 'mine.py'}")
+    assert "mine.py has no function get_config()" in text
+
+
+def test_a_process_prints_one_line_and_exits_with_2(tmp_path):
+    flags = [*QUICK, "--config.lorra.rank=3", "--workdir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "gemma_lora.train", *flags],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "did you mean lora.rank" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# ---- the workdir ----------------------------------------------------------------------------
+
+PLAIN = configs.to_dict(configs.default())
+
+
+def other(**changes):
+    c = json.loads(json.dumps(PLAIN))
+    c["lora"] |= changes
+    return c
+
+
+def entries(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_claim_and_claim_again(tmp_path):
+    run = tmp_path / "a" / "b"
+    assert workdir.claim(run, PLAIN, 1) is False
+    assert entries(run) == ["config.json"]
+    assert json.loads((run / "config.json").read_text()) == PLAIN
+    # A start that failed before its first checkpoint, say for a mistyped path, does not bind.
+    assert workdir.claim(run, other(rank=16), 1) is False
+    assert json.loads((run / "config.json").read_text())["lora"]["rank"] == 16
+    (run / "checkpoints").mkdir()
+    assert workdir.claim(run, other(rank=16), 1) is True
+
+
+def test_another_config_names_its_keys(tmp_path):
+    workdir.claim(tmp_path, PLAIN, 1)
+    (tmp_path / "checkpoints").mkdir()
+    text = message(workdir.claim, tmp_path, other(rank=16, alpha=1.0), 1)
+    assert "lora.rank: 16 here, 8 there" in text and "lora.alpha: 1.0 here, 16.0 there" in text
+    assert "dropout" not in text and str(tmp_path) in text
+    assert json.loads((tmp_path / "config.json").read_text()) == PLAIN
+
+
+@pytest.mark.parametrize("broken", ["", "{", "[]", "3"])
+def test_a_broken_config_json(tmp_path, broken):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(broken)
+    text = message(workdir.claim, tmp_path, PLAIN, 1)
+    assert "config.json is not" in text and "--workdir" in text
+    assert (tmp_path / "config.json").read_text() == broken
+
+
+def test_a_foreign_directory_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    assert "not empty and holds no run" in message(workdir.claim, tmp_path, PLAIN, 1)
+    assert entries(tmp_path) == ["thesis.tex"]
+
+
+def test_hidden_files_are_no_run(tmp_path):
+    (tmp_path / ".config.json.abc").touch()  # another process of the same run is writing
+    assert workdir.claim(tmp_path, PLAIN, 1) is False
+
+
+def test_unusable_places(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    assert f"{file} is a file, expected a directory" in message(workdir.claim, file, PLAIN, 1)
+    text = message(workdir.claim, file / "run", PLAIN, 1)
+    assert "cannot be used: Not a directory" in text
+    assert entries(tmp_path) == ["file"]
+
+
+def test_too_little_space(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=5 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    text = message(workdir.claim, tmp_path / "run", PLAIN, 64 * 2**20)
+    assert "5 MiB free" in text and "64 MiB" in text
+    assert entries(tmp_path / "run") == []
+
+
+def test_nothing_half_written_is_left(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", full)
+    text = message(workdir.claim, tmp_path, PLAIN, 1)
+    assert "cannot be used: No space left on device" in text
+    assert entries(tmp_path) == []
+
+
+def test_replace_file_keeps_the_old_one_when_the_block_fails(tmp_path):
+    path = tmp_path / "new" / "x"
+    files.write_text(path, "old")
+    with pytest.raises(KeyError), files.replace_file(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert path.read_text() == "old" and entries(path.parent) == ["x"]

@@ -1,0 +1,421 @@
+"""Tokens with their loss mask, splits, packing and pure batches; the data sets of a run."""
+
+import dataclasses
+import itertools
+import json
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny_tokenizer import write_tokenizer
+
+from gemma_lora import config as configs
+from gemma_lora.data.dataset import Dataset, Example, loss_slots, split, subset, tokenize
+from gemma_lora.data.packing import pack
+from gemma_lora.data.pipeline import describe, load_data
+from gemma_lora.errors import UserError
+from gemma_lora.tokenizer import Tokenizer
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return Tokenizer.from_dir(folder)
+
+
+def settings(**data):
+    c = configs.default()
+    c.data.seq_len = 64
+    c.data.batch_size = 4
+    c.data.update(data)
+    return c
+
+
+def tokenized(rows, tokenizer, **data):
+    return tokenize(rows, tokenizer, settings(**data).data, "x.jsonl")
+
+
+def examples(n, seed, longest=SIZE):
+    """Random lengths; tokens are different everywhere, so that a misplaced one is seen."""
+    rng = random.Random(seed)
+    made, at = [], 1
+    for i in range(n):
+        length = rng.randint(2, longest)
+        tokens = np.arange(at, at + length, dtype=np.int32)
+        made.append(Example(f"x{i}", tokens, rng.randint(1, length - 1), "", 0))
+        at += length
+    return made
+
+
+def dataset(made, packed, *, size=SIZE, batch_size=4, seed=0, shuffle=True, process=(0, 1)):
+    return Dataset(
+        made,
+        seq_len=size,
+        batch_size=batch_size,
+        pack=packed,
+        seed=seed,
+        shuffle=shuffle,
+        slots=loss_slots(made, size, packed),
+        process=process,
+    )
+
+
+def equal(a, b):
+    return a.arrays.keys() == b.arrays.keys() and all(
+        np.array_equal(x, y)
+        for x, y in zip((*a.arrays.values(), a.owner), (*b.arrays.values(), b.owner), strict=True)
+    )
+
+
+# ---- tokens and mask ------------------------------------------------------------------------
+
+QA = {"id": "r1", "question": "2+3?", "answer": "5 ok"}
+TEXT = "Question: 2+3?\nAnswer: 5 ok"
+
+
+@pytest.mark.parametrize("loss_on", ["all", "completion"])
+def test_bos_text_eos_and_the_loss_mask(tokenizer, loss_on):
+    [e] = tokenized([QA], tokenizer, loss_on=loss_on).examples
+    assert e.tokens.dtype == np.int32 and e.tokens[0] == 2 and e.tokens[-1] == 1
+    assert list(e.tokens).count(2) == 1 and tokenizer.decode(e.tokens) == e.text == TEXT
+    assert e.text[e.completion :] == "5 ok"
+    learnt = tokenizer.token_strings(e.tokens[e.loss_from :])
+    assert learnt[-1] == "<eos>"
+    assert "".join(learnt[:-1]) == ("5 ok" if loss_on == "completion" else TEXT)
+    assert e.load == len(learnt)
+
+
+class Triples:
+    """Tokens of three characters: the completion begins inside one."""
+
+    add_bos, bos_id, eos_id = True, 2, 1
+
+    def encode_batch(self, texts):
+        spans = [[(i, min(i + 3, len(t))) for i in range(0, len(t), 3)] for t in texts]
+        return [SimpleNamespace(ids=[10 + a for a, _ in s], offsets=s) for s in spans]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "first"),
+    [("abc", "def", 2), ("abcd", "efg", 2), ("abcde", "f", 2), ("", "ab", 1), ("abcd", "", 3)],
+)
+def test_loss_begins_at_the_first_token_with_a_character_of_the_completion(
+    prompt, completion, first
+):
+    row = {"id": "r", "prompt": prompt, "completion": completion}
+    [e] = tokenized([row], Triples(), loss_on="completion").examples
+    assert e.loss_from == first and e.tokens[-1] == 1
+
+
+def test_without_bos_the_first_token_carries_no_loss():
+    plain = SimpleNamespace(
+        add_bos=False, bos_id=None, eos_id=1, encode_batch=Triples().encode_batch
+    )
+    for loss_on in ("all", "completion"):
+        [e] = tokenized(
+            [{"id": "r", "prompt": "", "completion": "abcd"}], plain, loss_on=loss_on
+        ).examples
+        assert e.tokens.tolist() == [10, 13, 1] and e.loss_from == 1
+
+
+def test_truncated_and_dropped_are_told_apart(tokenizer):
+    rows = [{"id": str(n), "prompt": "p" * 5, "completion": "c" * n} for n in range(8)]
+    rows.append({"id": "long", "prompt": "p" * 10, "completion": "c"})
+    found = tokenized(rows, tokenizer, seq_len=10, loss_on="completion")
+    # bos + 5 + n + eos <= 10 fits whole
+    assert [e.id for e in found.examples] == [str(n) for n in range(8)]
+    assert found.truncated == ["4", "5", "6", "7"] and found.dropped == ["long"]
+    assert [e.load for e in found.examples] == [1, 2, 3, 4, 4, 4, 4, 4]
+    assert [int(e.tokens[-1]) == 1 for e in found.examples] == [True] * 4 + [False] * 4
+    exact = tokenized(rows[:1], tokenizer, seq_len=6, loss_on="completion")
+    assert not exact.examples and exact.dropped == ["0"] and not exact.truncated
+
+
+def test_refused_texts(tokenizer):
+    for bad, hint in (("a <bos> b", "the bos token"), ("a \ud800", "surrogate")):
+        rows = [QA, {"id": "r2", "question": bad, "answer": "x"}]
+        with pytest.raises(UserError, match=rf"x\.jsonl, row r2: .*{hint}"):
+            tokenized(rows, tokenizer)
+    with pytest.raises(UserError, match=r"x\.jsonl, row r2: field 'answer' is missing"):
+        tokenized([QA, {"id": "r2", "question": "q"}], tokenizer)
+    with pytest.raises(UserError, match=r"data\.loss_on is 'answer', expected 'completion'"):
+        tokenized([QA], tokenizer, loss_on="answer")
+
+
+# ---- split ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.1, 5), (0.5, 25), (0.001, 1), (0.999, 49)])
+def test_split_counts_and_order_independence(fraction, count):
+    made = examples(50, 0)
+    train, validation = split(made, fraction, 7)
+    assert (len(train), len(validation)) == (50 - count, count)
+    assert {e.id for e in train} | {e.id for e in validation} == {e.id for e in made}
+    order = {e.id: i for i, e in enumerate(made)}
+    assert [order[e.id] for e in train] == sorted(order[e.id] for e in train)
+    shuffled = random.Random(1).sample(made, 50)
+    assert {e.id for e in split(shuffled, fraction, 7)[1]} == {e.id for e in validation}
+
+
+def test_split_depends_on_the_seed_and_needs_two():
+    made = examples(50, 0)
+    parts = {frozenset(e.id for e in split(made, 0.2, seed)[1]) for seed in range(4)}
+    assert len(parts) == 4
+    assert [len(p) for p in split(made[:2], 0.1, 0)] == [1, 1]
+    with pytest.raises(UserError, match=r"1 usable example\(s\)"):
+        split(made[:1], 0.5, 0)
+
+
+def test_a_subset_grows_by_adding():
+    made = examples(30, 0)
+    small, large = ({e.id for e in subset(made, n, 3)} for n in (5, 12))
+    assert small < large and len(small) == 5
+    assert subset(made, 99, 3) == made
+
+
+# ---- packing --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_packing_keeps_its_bounds_and_its_count(seed):
+    made = examples(60, seed)
+    lengths, loads = [len(e.tokens) for e in made], [e.load for e in made]
+    slots = loss_slots(made, SIZE, True)
+    assert slots % 8 == 0 and slots >= max(loads)
+    counts = set()
+    for shuffle in range(4):
+        order = random.Random(shuffle).sample(range(60), 60)
+        rows = pack(lengths, loads, order, SIZE, slots)
+        assert sorted(i for row in rows for i in row) == list(range(60))
+        assert all(sum(lengths[i] for i in row) <= SIZE for row in rows)
+        assert all(sum(loads[i] for i in row) <= slots for row in rows)
+        counts.add(len(rows))
+    assert len(counts) == 1 and counts.pop() < 60
+
+
+def test_slots_bound_a_row():
+    assert pack([4] * 4, [3] * 4, range(4), 16, 6) == [[0, 1], [2, 3]]
+    assert pack([4] * 4, [3] * 4, range(4), 16, 12) == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_slots_are_a_multiple_of_8_and_enough(packed):
+    for size in (5, 8, 20, 32):
+        for seed in range(5):
+            made = examples(20, seed, longest=size)
+            slots = loss_slots(made, size, packed)
+            assert slots % 8 == 0 and max(e.load for e in made) <= slots < size + 8
+
+
+# ---- batches --------------------------------------------------------------------------------
+
+both = pytest.mark.parametrize("packed", [False, True])
+
+
+@both
+@pytest.mark.parametrize("seed", range(5))
+def test_an_epoch_holds_every_token_pair_of_every_example_once(packed, seed):
+    made = examples(37, seed)
+    data = dataset(made, packed, seed=seed)
+    for epoch in range(3):
+        seen = {i: [] for i in range(len(made))}
+        assert len(data.plan(epoch)) <= data.steps_per_epoch * 4 < len(data.plan(epoch)) + 4
+        for i in range(data.steps_per_epoch):
+            batch = data.batch_at(epoch * data.steps_per_epoch + i)
+            a = batch.arrays
+            assert a["tokens"].shape == (4, SIZE) and a["loss_pos"].shape == (4, data.slots)
+            assert np.array_equal(a["loss_mask"], (batch.owner >= 0).astype(np.float32))
+            for r, s in zip(*np.nonzero(a["loss_mask"]), strict=True):
+                at, m = a["loss_pos"][r, s], int(batch.owner[r, s])
+                assert a["segments"][r, at] == a["segments"][r, at + 1] > 0
+                assert a["tokens"][r, at + 1] == a["targets"][r, s]
+                seen[m].append((int(a["tokens"][r, at]), int(a["targets"][r, s])))
+            for r in range(4):
+                for number in range(1, a["segments"][r].max() + 1):
+                    inside = a["segments"][r] == number
+                    tokens = a["tokens"][r, inside]
+                    assert np.array_equal(a["positions"][r, inside], np.arange(len(tokens)))
+                    assert any(np.array_equal(tokens, e.tokens) for e in made)
+            padding = a["segments"] == 0
+            assert not a["tokens"][padding].any() and not a["positions"][padding].any()
+        for i, e in enumerate(made):
+            pairs = list(zip(e.tokens[:-1].tolist(), e.tokens[1:].tolist(), strict=True))
+            assert seen[i] == pairs[e.loss_from - 1 :]
+
+
+@both
+def test_epochs_differ_and_are_pure(packed):
+    made = examples(37, 0)
+    data = dataset(made, packed)
+    steps = data.steps_per_epoch
+    batches = [data.batch_at(i) for i in range(3 * steps)]
+    again = dataset(made, packed)
+    for i in random.Random(0).sample(range(3 * steps), 3 * steps):
+        assert equal(again.batch_at(i), batches[i])
+    # A batch may come again by chance (the last one has few rows), an epoch may not.
+    epochs = [batches[i : i + steps] for i in range(0, 3 * steps, steps)]
+    other = dataset(made, packed, seed=1)
+    epochs.append([other.batch_at(i) for i in range(steps)])
+    for one, two in itertools.combinations(epochs, 2):
+        assert sum(map(equal, one, two)) <= 1
+
+
+@both
+def test_without_shuffling_there_is_one_order(packed):
+    made = examples(11, 0)
+    data, other = (dataset(made, packed, shuffle=False, seed=s) for s in (0, 5))
+    assert all(equal(data.batch_at(i), other.batch_at(i)) for i in range(data.steps_per_epoch))
+    if not packed:
+        assert data.plan(0) == [[i] for i in range(11)]
+
+
+@both
+def test_the_last_batch_is_filled_with_empty_rows(packed):
+    made = examples(9, 3)
+    data = dataset(made, packed, batch_size=4)
+    rows = len(data.plan(0))
+    last = data.batch_at(data.steps_per_epoch - 1)
+    empty = data.steps_per_epoch * 4 - rows
+    assert empty  # or this tests nothing
+    for name in ("tokens", "segments", "positions", "targets", "loss_mask"):
+        assert not last.arrays[name][4 - empty :].any()
+    assert (last.owner[4 - empty :] == -1).all() and (last.owner[: 4 - empty] >= 0).any()
+
+
+@both
+def test_processes_together_hold_the_whole_batch(packed):
+    made = examples(21, 0)
+    whole = dataset(made, packed)
+    parts = [dataset(made, packed, process=(i, 2)) for i in range(2)]
+    assert all(p.steps_per_epoch == whole.steps_per_epoch for p in parts)
+    for i in range(2 * whole.steps_per_epoch):
+        got, want = [p.batch_at(i) for p in parts], whole.batch_at(i)
+        for name, x in want.arrays.items():
+            assert np.array_equal(np.concatenate([g.arrays[name] for g in got]), x)
+        assert np.array_equal(np.concatenate([g.owner for g in got]), want.owner)
+    with pytest.raises(UserError, match="batch_size 4 is not a multiple of 3 processes"):
+        dataset(made, packed, process=(0, 3))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_epoch_has_as_many_steps_when_packed(seed):
+    data = dataset(examples(40 + seed, seed, longest=SIZE // 2), True, seed=seed)
+    assert len({len(data.plan(epoch)) for epoch in range(5)}) == 1
+    assert len({str(data.plan(epoch)) for epoch in range(5)}) == 5
+
+
+def test_packing_fills_more():
+    made = examples(60, 0, longest=SIZE // 2)
+    packed, single = dataset(made, True), dataset(made, False)
+    tokens = sum(len(e.tokens) for e in made)
+    assert single.fill == tokens / (60 * SIZE)
+    assert packed.fill > 1.5 * single.fill and packed.fill <= 1
+    real = sum(
+        (packed.batch_at(i).arrays["segments"] > 0).sum() for i in range(packed.steps_per_epoch)
+    )
+    assert real == tokens
+
+
+def test_batches_are_made_ahead():
+    data = dataset(examples(21, 0), True)
+    made = list(data.batches(2, 9))
+    assert len(made) == 7
+    assert all(equal(batch, data.batch_at(2 + i)) for i, batch in enumerate(made))
+    assert list(data.batches(5, 5)) == []
+
+
+def test_fingerprint():
+    made = examples(5, 0)
+    known = dataset(made, False).fingerprint()
+    assert known == dataset(examples(5, 0), True, seed=3).fingerprint()
+    e = made[2]
+    changes = [
+        dataclasses.replace(e, id="other"),
+        dataclasses.replace(e, loss_from=e.loss_from % (len(e.tokens) - 1) + 1),
+        dataclasses.replace(e, tokens=e.tokens + np.int32(1)),
+        dataclasses.replace(e, tokens=np.append(e.tokens, np.int32(1))),
+    ]
+    changed = [[*made[:2], c, *made[3:]] for c in changes] + [made[::-1], made[:4]]
+    prints = {dataset(c, False, size=SIZE + 1).fingerprint() for c in changed}
+    assert len(prints) == len(changed) and known not in prints
+
+
+# ---- the sets of a run ----------------------------------------------------------------------
+
+
+def write(path, ids, size=4):
+    rows = [{"id": i, "prompt": f"{i} ", "completion": "c" * size} for i in ids]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def ids(data):
+    return {e.id for e in data.examples}
+
+
+def test_a_split_of_one_file(tmp_path, tokenizer):
+    c = settings(path=write(tmp_path / "all.jsonl", [f"a{i}" for i in range(40)]))
+    train, validation, probe, counts = load_data(c, tokenizer)
+    assert counts == {
+        "train": 36, "validation": 4, "train_probe": 4, "truncated": 0, "dropped": 0
+    }  # fmt: skip
+    assert not ids(train) & ids(validation) and len(ids(train) | ids(validation)) == 40
+    assert ids(probe) < ids(train) and len(ids(probe)) == 4
+    assert train.slots == validation.slots == probe.slots
+    shapes = {k: v.shape for k, v in train.batch_at(0).arrays.items()}
+    for data in (validation, probe):
+        assert {k: v.shape for k, v in data.batch_at(0).arrays.items()} == shapes
+
+
+def test_a_validation_file(tmp_path, tokenizer):
+    path = write(tmp_path / "train.jsonl", [f"a{i}" for i in range(20)])
+    held = write(tmp_path / "held.jsonl", [f"b{i}" for i in range(6)], size=80)
+    c = settings(path=path, validation_path=held)
+    train, validation, probe, counts = load_data(c, tokenizer)
+    assert (len(ids(train)), len(ids(validation)), len(ids(probe))) == (20, 6, 6)
+    assert all(i.startswith("b") for i in ids(validation)) and ids(probe) < ids(train)
+    assert counts["truncated"] == 6 and counts["dropped"] == 0
+    c.train.eval_examples = 3
+    train, validation, probe, counts = load_data(c, tokenizer)
+    assert (counts["train"], counts["validation"], counts["train_probe"]) == (20, 3, 3)
+    c.data.limit = 5
+    assert load_data(c, tokenizer)[3]["train"] == 5
+
+
+def test_load_errors(tmp_path, tokenizer):
+    path = write(tmp_path / "train.jsonl", ["a", "b", "c"])
+    held = write(tmp_path / "held.jsonl", ["x", "b"])
+    with pytest.raises(UserError, match=r"1 ids are in both .*train\.jsonl and .*held\.jsonl.* b "):
+        load_data(settings(path=path, validation_path=held), tokenizer)
+    dropped = write(tmp_path / "dropped.jsonl", ["y" * 99])
+    with pytest.raises(UserError, match=r"3 training and 0 validation examples .*data.seq_len 64"):
+        load_data(settings(path=path, validation_path=dropped, loss_on="completion"), tokenizer)
+    with pytest.raises(UserError, match="needs at least 2"):
+        load_data(settings(path=write(tmp_path / "one.jsonl", ["a"])), tokenizer)
+
+
+def test_describe(tmp_path, tokenizer):
+    names = [f"a{i}" for i in range(22)]
+    c = settings(path=write(tmp_path / "x.jsonl", names, size=99), pack=True, loss_on="completion")
+    c.train.micro_batches = 2
+    train, _, _, counts = load_data(c, tokenizer)
+    facts = describe(c, train, counts, total=12, every=5)
+    assert facts["source"] == c.data.path
+    assert facts["examples"] == "20 train, 2 validation, 2 of train as probe"
+    assert facts["loss on"] == "completion tokens"
+    assert facts["batch"].startswith("4 rows = 2 micro-batches x 2; 64 tokens a row")
+    assert "100.0 % filled, packed" in facts["batch"]
+    assert facts["epoch"] == "5 steps"
+    assert facts["run"] == "12 steps = 2.40 epochs; eval at 0 and every 5 steps: 4 evals"
+    assert facts["truncated"].startswith("22 examples") and "dropped" not in facts
+    assert "patience 5 can never" in facts["note"]
+    c.train.patience = 2
+    assert "note" not in describe(c, train, counts, total=12, every=5)
+    part = dataset(train.examples[:18], False, size=64)
+    facts = describe(c, part, counts | {"dropped": 3}, total=12, every=5)
+    assert facts["epoch"] == "5 steps, the last with 2 empty rows"
+    assert facts["dropped"].startswith("3 examples")

@@ -1,0 +1,262 @@
+"""Rows from every source, and the text that templates make of them."""
+
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from gemma_lora.data import generated, sources
+from gemma_lora.data.templates import TEMPLATES, choose, render
+from gemma_lora.errors import UserError
+
+ROWS = [
+    {"id": "a", "question": "1 + 1?", "answer": "2", "n": 1},
+    {"id": "b", "question": "zwei\u2028Zeilen é 😀", "answer": "{x}\n", "n": 2},
+    {"id": "c", "question": "", "answer": "0", "n": 3},
+]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
+    return str(path)
+
+
+def message(call, *args):
+    """The error's text, which must be one line."""
+    with pytest.raises(UserError) as e:
+        call(*args)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def read_path(path, limit=0):
+    return sources.read("", str(path), limit)
+
+
+# ---- files ----------------------------------------------------------------------------------
+
+
+def test_jsonl_json_and_parquet_give_the_same_rows(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", ROWS)
+    (tmp_path / "x.json").write_text(json.dumps(ROWS))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "x.parquet")
+    assert read_path(tmp_path / "x.jsonl") == ROWS
+    assert read_path(tmp_path / "x.json") == ROWS
+    assert read_path(tmp_path / "x.parquet") == ROWS
+
+
+def test_jsonl_takes_blank_lines_crlf_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"id": "a"}\r\n\r\n{"id": "b"}')
+    assert [r["id"] for r in read_path(path)] == ["a", "b"]
+
+
+def test_limit_and_ids(tmp_path):
+    path = write_jsonl(tmp_path / "part.jsonl", [{"t": 1}, {"t": 2, "id": None}, {"t": 3, "id": 7}])
+    assert [r["id"] for r in read_path(path)] == ["part-000000", "part-000001", "7"]
+    assert [r["t"] for r in read_path(path, 2)] == [1, 2]
+    assert [r["t"] for r in read_path(path, 99)] == [1, 2, 3]
+
+
+def test_path_wins_over_source(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", ROWS)
+    assert sources.read("generated:5", path, 0) == ROWS
+
+
+def test_duplicate_id_is_named(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"id": "a"}, {"id": "b"}, {"id": "a"}])
+    text = message(read_path, path)
+    assert "'a' occurs twice" in text and "row 2" in text and path in text
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        (b'{"a": 1', "not JSON"),
+        (b'{"a": "\xff"}', "not JSON"),
+        (b"[1, 2]", "expected an object, got '[1, 2]'"),
+        (b'"text"', "expected an object"),
+    ],
+)
+def test_broken_line_names_file_and_line(tmp_path, line, hint):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n' + line + b"\n")
+    text = message(read_path, path)
+    assert f"{path}, line 3: " in text and hint in text
+    assert len(read_path(path, 1)) == 1  # what is not asked for is not read
+
+
+def test_broken_files(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": 1}')
+    assert "expected a list of objects" in message(read_path, tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"a": 1}\n{"a": 2}')
+    assert ".jsonl" in message(read_path, tmp_path / "x.json")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 no more")
+    assert "not a Parquet file" in message(read_path, tmp_path / "x.parquet")
+    (tmp_path / "x.jsonl").write_bytes(b"\n")
+    assert "holds no rows" in message(read_path, tmp_path / "x.jsonl")
+    (tmp_path / "d.jsonl").mkdir()
+    assert "cannot be read" in message(read_path, tmp_path / "d.jsonl")
+
+
+def test_missing_file_suggests_the_nearest(tmp_path):
+    (tmp_path / "train.jsonl").touch()
+    text = message(read_path, tmp_path / "trian.jsonl")
+    assert "does not exist" in text and "did you mean train.jsonl?" in text
+    assert "nor does its directory" in message(read_path, tmp_path / "no" / "x.jsonl")
+
+
+def test_unknown_ending_and_source(tmp_path):
+    text = message(read_path, tmp_path / "x.jsnl")
+    assert "'.jsnl'" in text and "did you mean .jsonl" in text
+    text = message(sources.read, "tdfs:gsm8k", "", 0)
+    assert "'tdfs:gsm8k'" in text and "did you mean tfds?" in text
+    assert "data.path" in message(sources.read, "train.jsonl", "", 0)
+
+
+# ---- generated ------------------------------------------------------------------------------
+
+
+def test_generated():
+    assert sources.read("generated:5", "", 0) == generated.problems(5)
+    assert sources.read("generated:5", "", 2) == generated.problems(2)
+    for argument in ("", "x", "-1", "²", "1.5"):
+        assert "generated:600" in message(sources.read, f"generated:{argument}", "", 0)
+    assert "at least 1" in message(sources.read, "generated:0", "", 0)
+
+
+# ---- TensorFlow Datasets --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A data set prepared by tfds itself, without TensorFlow and without a network."""
+    import tensorflow_datasets as tfds
+
+    folder = tmp_path_factory.mktemp("tfds")
+    tfds.core.add_data_dir(folder)
+
+    with tfds.core.registered.skip_registration():
+
+        class Sums(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                features = {
+                    "question": tfds.features.Text(),
+                    "answer": tfds.features.Text(),
+                    "label": tfds.features.ClassLabel(num_classes=2),
+                    "marks": tfds.features.Sequence(tfds.features.Scalar(np.int32)),
+                }
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features)
+                )
+
+            def _split_generators(self, manager):
+                return {"train": self._generate_examples(5), "test": self._generate_examples(2)}
+
+            def _generate_examples(self, n):
+                for i in range(n):
+                    yield (
+                        i,
+                        {"question": f"{i} + é?", "answer": f"{i}", "label": i % 2, "marks": [i]},
+                    )
+
+    Sums(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
+def test_tfds_rows(prepared):
+    rows = sources.read("tfds:sums", "", 0)
+    assert [r["id"] for r in rows] == [f"sums-train-{i:06d}" for i in range(5)]
+    assert sorted(r["question"] for r in rows) == [f"{i} + é?" for i in range(5)]
+    assert all(type(r["answer"]) is str and type(r["label"]) is int for r in rows)
+    assert all(r["marks"] == [int(r["answer"])] for r in rows)
+    assert sources.read("tfds:sums/train", "", 3) == rows[:3]
+    assert [r["id"] for r in sources.read("tfds:sums/test", "", 0)] == [
+        "sums-test-000000",
+        "sums-test-000001",
+    ]
+    text, _ = render(choose("", rows[0], "sums"), rows[0], (), "sums")
+    assert text == f"Question: {rows[0]['question']}\nAnswer: {rows[0]['answer']}"
+
+
+def test_tfds_errors(prepared):
+    text = message(sources.read, "tfds:gsm8", "", 0)
+    assert "has no 'gsm8'" in text and "did you mean gsm8k" in text and len(text) < 500
+    text = message(sources.read, "tfds:sums/trian", "", 0)
+    assert "'sums/trian'" in text and "train" in text and "data.path" in text
+
+
+def test_tfds_knows_its_older_builders(prepared, monkeypatch):
+    """gsm8k is found although tfds' own import of such builders fails without TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    def offline(self, *args, **kwargs):
+        raise OSError(f"no network for {self.name}")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", offline)
+    assert "no network for gsm8k" in message(sources.read, "tfds:gsm8k", "", 0)
+
+
+# ---- templates ------------------------------------------------------------------------------
+
+
+def show(row, template="", labels=("negative", "positive")):
+    """(prompt, completion)."""
+    text, completion = render(choose(template, row, "x.jsonl"), row, labels, "x.jsonl, row 7")
+    return text[:completion], text[completion:]
+
+
+def test_templates_are_chosen_by_fields():
+    assert show({"id": "a", "question": "q", "answer": "a"}) == ("Question: q\nAnswer: ", "a")
+    assert show({"prompt": "p", "completion": "c"}) == ("p", "c")
+    assert show({"text": "good", "label": 1}) == ("Review: good\nSentiment: ", "positive")
+    assert show({"text": "good", "label": 0})[1] == "negative"
+    assert show({"text": "good", "label": "mixed"})[1] == "mixed"
+    prompt, completion = show({"instruction": "i", "input": "x", "output": "o"})
+    assert "### Input:\nx\n" in prompt and completion == "o"
+
+
+@pytest.mark.parametrize("empty", [{}, {"input": ""}, {"input": None}])
+def test_a_variant_without_the_empty_input(empty):
+    prompt, completion = show({"instruction": "i", "output": "o"} | empty)
+    assert "Input" not in prompt and "None" not in prompt and "### Instruction:\ni\n" in prompt
+    assert completion == "o"
+
+
+def test_completion_begins_at_the_last_field():
+    row = {"q": "{answer} and {q}", "a": "{}"}
+    assert show(row, "Q {q} A {a} end") == ("Q {answer} and {q} A ", "{} end")
+    # Literal braces survive, also where they look like the last field.
+    assert show(row, "{{q}} {q} = {a} {{a}}") == ("{q} {answer} and {q} = ", "{} {a}")
+    assert show(row, "{a}{a}") == ("{}", "{}")
+    assert show({"my field": 1.5, "b-c": True}, "{my field}{b-c}") == ("1.5", "True")
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{}", "{0}", "{q.x}", "{q[0]}", "{q:>10}", "{q!r}", "{q:{a}}", "{ q.__class__ }", "{q} {"],
+)
+def test_only_plain_fields(template):
+    text = message(choose, template, {"q": "1", "a": "2"}, "x.jsonl")
+    assert "data.template" in text and repr(template) in text
+
+
+def test_template_errors():
+    row = {"question": "q", "answer": "a"}
+    assert "has no {field}" in message(show, row, "{{question}}")
+    text = message(show, row, "{question}{anwser}")
+    assert "anwser" in text and "question, answer" in text and "x.jsonl" in text
+    text = message(show, {"body": "x"})
+    assert "body" in text and "question/answer" in text and "--config.data.template" in text
+    for broken in ({"question": "q"}, {"question": "q", "answer": None}):
+        text = message(render, TEMPLATES["question", "answer"], broken, (), "x.jsonl, row 7")
+        assert "x.jsonl, row 7: field 'answer' is missing" in text
+    for value in ([], {}, b"x"):
+        text = message(show, {"question": "q", "answer": value})
+        assert "x.jsonl, row 7: field 'answer' is a" in text and "expected text" in text
+    for label in (2, -1):
+        text = message(show, {"text": "t", "label": label})
+        assert f"label {label}, but data.labels has 2 words, ('negative', 'positive')" in text

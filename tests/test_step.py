@@ -1,0 +1,179 @@
+"""The training step: what it moves, what it may not depend on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from gemma_lora.config import default
+from gemma_lora.data.dataset import Dataset, loss_slots
+from gemma_lora.errors import UserError
+from gemma_lora.evaluate import ledger_rows
+from gemma_lora.lora import LoRAConfig
+from gemma_lora.optim import optimizer, schedule
+from gemma_lora.step import State, make_eval_step, make_train_step
+from gemma_lora.weights.mapping import flatten
+
+NAME = "gemma3"
+
+
+def one_run(micro_batches=1, steps=3, dropout=0.0, name=NAME, **kwargs):
+    """(first state, last state, base, compilations) of a few steps on random batches."""
+    model, params = common.tiny_model(name, LoRAConfig(4, 8.0, dropout), **kwargs)
+    optim = default().optim
+    tx = optimizer(optim, 10)
+    lora = common.adapter(name)
+    state = State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
+    state = jax.device_put(state, jax.devices()[0])  # committed, as the step's own output is
+    step = jax.jit(make_train_step(model, tx, micro_batches, 64, 0))
+    first = state
+    for i in range(steps):
+        tokens = tiny.tokens(i, rows=4)
+        batch = common.batch_of(tokens, tiny.loss_mask(tokens.shape, i), 24)
+        state, _ = step(state, params, batch)
+    return first, state, params, step._cache_size()
+
+
+def test_moves_every_adapter_and_no_base_weight_and_compiles_once():
+    _, params = common.tiny_model(NAME)
+    before = jax.device_get(params)
+    first, last, base, compilations = one_run(dropout=0.1)
+    assert compilations == 1
+    assert int(last.step) == 3
+    for path, leaf in flatten(base).items():
+        assert np.array_equal(leaf, flatten(before)[path]), path
+    for path, leaf in flatten(last.lora).items():
+        moved = np.any(np.asarray(leaf) != np.asarray(flatten(first.lora)[path]), axis=(1, 2))
+        assert np.all(moved), path  # in every layer
+
+
+def test_micro_batches_equal_one_batch():
+    """Rows of unequal loss counts: a mean of means would differ."""
+    _, whole, *_ = one_run(1)
+    _, cut, *_ = one_run(4)
+    for path, leaf in flatten(whole.lora).items():
+        assert np.allclose(leaf, flatten(cut.lora)[path], rtol=0, atol=2e-7), path
+
+
+@pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "matmuls"}, {"unroll": True}])
+def test_remat_and_unroll_change_nothing(change):
+    _, plain, *_ = one_run(steps=2)
+    _, other, *_ = one_run(steps=2, **change)
+    for path, leaf in flatten(plain.lora).items():
+        assert np.allclose(leaf, flatten(other.lora)[path], rtol=0, atol=1e-6), path
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2"])
+def test_packed_equals_unpacked(name):
+    """Neighbours in a row change nothing, although rows are longer than the window."""
+    model, params = common.tiny_model(name, LoRAConfig(4, 8.0, 0.0))
+    examples = common.examples([20, 7, 12, 5, 24, 3], [4, 1, 11, 2, 9, 1])
+    step = jax.jit(make_eval_step(model, 64))
+    rows = {}
+    for packed in (False, True):
+        data = Dataset(
+            examples,
+            seq_len=32,
+            batch_size=2,
+            pack=packed,
+            seed=0,
+            shuffle=False,
+            slots=loss_slots(examples, 32, packed),
+        )
+        rows[packed] = ledger_rows(
+            step, common.adapter(name), params, data, common.one_device(), "x", 0
+        )
+    assert len(data.plan(0)) < len(examples)
+    for column in ("tokens", "correct"):
+        assert np.array_equal(rows[False][column], rows[True][column])
+    for column in ("nll", "nll_max", "margin", "el2n"):
+        assert np.allclose(rows[False][column], rows[True][column], rtol=1e-4, atol=1e-5), column
+
+
+def test_bfloat16_stays_near_float32():
+    model, params = common.tiny_model(NAME)
+    half, _ = common.tiny_model(NAME, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    want = common.all_logits(model, params, {}, tiny.tokens())
+    cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    got = common.all_logits(half, cast, {}, tiny.tokens())
+    error = np.sqrt(np.mean((got - want) ** 2)) / np.std(want)
+    assert 1e-4 < error < 0.1
+
+
+SHARDED = """
+import sys; sys.path[:0] = sys.argv[1:]
+import common, jax, jax.numpy as jnp, numpy as np, tiny
+import flax.linen as nn
+from gemma_lora.lora import LoRAConfig
+from gemma_lora.config import default
+from gemma_lora.optim import optimizer
+from gemma_lora.sharding import make_mesh, tree_shardings, to_global
+from gemma_lora.step import State, make_train_step
+
+assert jax.device_count() == 8
+model, params = common.tiny_model("gemma3", LoRAConfig(4, 8.0, 0.0))
+boxed = model.abstract()
+tx = optimizer(default().optim, 10)
+tokens = tiny.tokens(0, rows=8)
+batch = jax.device_get(common.batch_of(tokens, tiny.loss_mask(tokens.shape), 24))
+results = []
+for sizes in ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)):
+    n = int(np.prod(sizes))
+    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes)), jax.devices()[:n])
+    base = jax.device_put(jax.device_get(params), tree_shardings(boxed["params"], mesh))
+    lora = jax.device_put(common.adapter("gemma3"), tree_shardings(boxed["lora"], mesh))
+    if n > 1 and sizes[1] > 1:
+        leaf = base["layers"]["mlp"]["up_proj"]["w"]
+        assert leaf.addressable_shards[0].data.size * sizes[1] * sizes[2] == leaf.size
+    state = State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
+    step = jax.jit(make_train_step(model, tx, 2, 64, 0))
+    state, metrics = step(state, base, to_global(batch, mesh))
+    results.append(jax.device_get((metrics, state.opt_state)))
+loss = lambda r: float(r[0]["nll"].sum() / r[0]["tokens"].sum())
+for r in results[1:]:
+    assert abs(loss(r) / loss(results[0]) - 1) < 1e-5, (loss(r), loss(results[0]))
+    for a, b in zip(jax.tree.leaves(r[1]), jax.tree.leaves(results[0][1])):
+        scale = np.max(np.abs(b)) + 1e-30
+        assert np.max(np.abs(a - b)) / scale < 1e-5, np.max(np.abs(a - b)) / scale
+print("equal")
+"""
+
+
+def test_sharded_on_eight_devices_equals_one_device():
+    """Loss and Adam's first moments (the gradients) for four meshes, in a process of its own."""
+    here = Path(__file__).parent
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, str(here), str(here.parent)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+
+
+def test_schedules():
+    """Values of transformers' get_scheduler for 10 steps, 2 of them warmup, at a peak of 1."""
+    optim = default().optim
+    optim.lr, optim.warmup_steps = 1.0, 2
+    want = {
+        "linear": [0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125],
+        "cosine": [0, 0.5, *(0.5 * (1 + np.cos(np.pi * np.arange(8) / 8)))],
+        "constant": [0, 0.5] + [1] * 8,
+    }
+    for name, values in want.items():
+        optim.schedule = name
+        got = [float(schedule(optim, 10)(i)) for i in range(10)]
+        assert np.allclose(got, values, atol=1e-6), name
+    optim.schedule = "linaer"
+    with pytest.raises(UserError, match="linear"):
+        schedule(optim, 10)

@@ -1,0 +1,358 @@
+"""Whole runs: what they leave, that they repeat and resume to the bit, and what they refuse."""
+
+import io
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny_run
+from common import one_device, read_json, tiny_arch
+from tiny_run import ledger, left, records, settings
+
+from gemma_lora import config, evaluate, train
+from gemma_lora.data.pipeline import load_data
+from gemma_lora.errors import UserError
+from gemma_lora.metrics import Metrics
+from gemma_lora.model import no_wrap
+from gemma_lora.step import make_eval_step
+from gemma_lora.weights import peft
+from gemma_lora.weights.pretrained import build_model, load_base, open_weights
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    with tiny_run.quick_compilation(tmp_path_factory.mktemp("compiled")):
+        yield tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def straight(inputs, tmp_path_factory):
+    """(workdir, what was printed) of a run that nothing disturbs, dropout on."""
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    return workdir, tiny_run.run(workdir, settings(inputs))
+
+
+@pytest.fixture(scope="module")
+def diverged(inputs, tmp_path_factory):
+    """(workdir, message) of a run with another seed whose first update ruins the adapter."""
+    workdir = tmp_path_factory.mktemp("runs") / "diverged"
+    c = settings(
+        inputs, {"seed": 1, "optim.lr": 3e38, "train.eval_every": 8, "train.save_every": 1}
+    )
+    with pytest.raises(UserError) as error:
+        tiny_run.run(workdir, c)
+    return workdir, str(error.value)
+
+
+def adapter(workdir: Path) -> dict:
+    return peft.read(workdir / "adapter", tiny_arch("gemma"))[1]
+
+
+def equal(x, y) -> bool:
+    return jax.tree.all(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), x, y))
+
+
+def on_record(monkeypatch, kind: str, step: int, action) -> None:
+    """Calls `action` when the record of a step is about to be written."""
+    write = Metrics.write
+
+    def patched(self, record, line):
+        if (record["kind"], record["step"]) == (kind, step):
+            action()
+        write(self, record, line)
+
+    monkeypatch.setattr(Metrics, "write", patched)
+
+
+def test_what_a_run_leaves(straight):
+    workdir, _ = straight
+    for name in ("config.json", "run.json", "report.md", "learning_curve.png", "checkpoints"):
+        assert (workdir / name).exists(), name
+    assert sorted(p.name for p in (workdir / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    evals = [f"eval_{step:06d}.parquet" for step in (0, 3, 6, 8)]
+    assert sorted(p.name for p in (workdir / "ledger").iterdir()) == [*evals, "examples.parquet"]
+    assert not [p for p in workdir.rglob("*") if p.name.startswith(".") or "tmp" in p.name]
+    steps = [r["step"] for r in records(workdir, "train")]
+    assert steps == list(range(1, 9))
+    report = read_json(workdir / "report.json")
+    assert report["run"]["status"] == "finished" and report["run"]["steps"] == 8
+    assert report["run"]["tokens"] == sum(r["tokens"] for r in records(workdir, "train"))
+    assert report["run"]["seconds"] > 0
+    assert report["model"]["arch"] == "gemma"
+    stored = sum(x.size for x in jax.tree.leaves(adapter(workdir)))
+    assert report["model"]["trainable_parameters"] == stored
+    for split in ("train_probe", "validation"):
+        loss = report[split]["loss"]
+        assert loss["best"] < loss["start"] and loss["decrease_pct"] > 0
+        assert {"start", "best"} <= report[split]["token_accuracy"].keys()
+    assert report["validation"]["loss"]["interval"][1] < 0
+    assert all({"id", "loss", "text"} <= o.keys() for o in report["outliers"])
+
+
+def test_metrics_are_sums_of_the_ledger(straight):
+    workdir, _ = straight
+    for record in records(workdir, "eval"):
+        for split in ("validation", "train_probe"):
+            rows = ledger(workdir, record["step"], split)
+            tokens, nll, correct = rows["tokens"], rows["nll"], rows["correct"]
+            got = {k.removeprefix(f"{split}/"): v for k, v in record.items()}
+            assert got["tokens"] == tokens.sum() and got["examples"] == len(tokens) == 6
+            assert got["loss"] == nll.sum() / tokens.sum()
+            assert got["token_accuracy"] == correct.sum() / tokens.sum()
+            batches = [slice(0, 4), slice(4, 6)]
+            means = [nll[b].sum() / tokens[b].sum() for b in batches]
+            assert math.isclose(got["trl_compat/eval_loss"], np.mean(means), rel_tol=1e-12)
+            shares = [correct[b].sum() / tokens[b].sum() for b in batches]
+            assert got["trl_compat/eval_mean_token_accuracy"] == np.mean(shares)
+
+
+def test_one_line_a_step(straight):
+    lines = straight[1].splitlines()
+    sections = [line.split()[1] for line in lines if line.startswith("==")]
+    assert sections == ["model", "data", "step", "finished"]
+    told = [" ".join(line.split()[:2]) for line in lines if line.startswith(("step", "eval"))]
+    order = [(s, kind) for s in range(9) for kind in ("step", "eval")]
+    assert told == [f"{k} {s}/8" for s, k in order if s in (0, 3, 6, 8) or k == "step"][1:]
+    assert max(map(len, lines)) <= 110
+
+
+def test_progress_bar_does_not_break_lines(inputs, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    metrics = Metrics(tmp_path, None, 3)
+    line = "step 1/3  " + "x" * 100
+    for step in (1, 2, 3):
+        metrics.write({"kind": "train", "step": step, "loss": math.nan}, line)
+    metrics.close()
+    assert out.getvalue().count(f"{line}\n") == 3
+    assert [r["loss"] for r in records(tmp_path, "train")] == [None] * 3
+
+
+def test_same_seed_same_bits(straight, diverged, inputs, tmp_path):
+    tiny_run.run(tmp_path / "again", settings(inputs))
+    assert left(tmp_path / "again") == left(straight[0])
+    first = [records(w, "train")[0]["loss"] for w in (straight[0], diverged[0])]
+    assert first[0] != first[1]
+
+
+def test_rerun_of_a_finished_run_changes_nothing(straight, inputs, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(straight[0], workdir)
+    before = left(workdir)
+    assert "continuing from the checkpoint of step 8" in tiny_run.run(workdir, settings(inputs))
+    assert left(workdir) == before
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind,step", [("train", 1), ("eval", 6)])
+def test_killed_and_rerun_equals_straight(kind, step, straight, inputs, tmp_path, monkeypatch):
+    def die():
+        raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        on_record(patch, kind, step, die)
+        tiny_run.run(tmp_path / "run", settings(inputs))
+    tiny_run.run(tmp_path / "run", settings(inputs))
+    assert left(tmp_path / "run") == left(straight[0])
+
+
+SIGKILL = """
+import os, pathlib, signal, sys
+sys.path.insert(0, sys.argv[1])
+import tiny_run
+from gemma_lora.metrics import Metrics
+write = Metrics.write
+def patched(self, record, line):
+    if record["kind"] == "train" and record["step"] == 7:
+        self._file.write('{"kind": "train", "st')  # a line cut short
+        self._file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, record, line)
+Metrics.write = patched
+with tiny_run.quick_compilation(sys.argv[2]):
+    tiny_run.run(pathlib.Path(sys.argv[4]), tiny_run.settings(pathlib.Path(sys.argv[3])))
+"""
+
+
+def test_sigkill_and_rerun_equals_straight(straight, inputs, tmp_path):
+    """A save may be under way when the process dies."""
+    workdir, compiled = tmp_path / "run", jax.config.jax_compilation_cache_dir
+    arguments = [str(Path(__file__).parent), compiled, str(inputs), str(workdir)]
+    done = subprocess.run([sys.executable, "-c", SIGKILL, *arguments], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    (workdir / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()  # what a dying save leaves
+    tiny_run.run(workdir, settings(inputs))
+    assert left(workdir) == left(straight[0])
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["8"]
+
+
+def test_sigterm_saves_and_rerun_equals_straight(straight, inputs, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        on_record(patch, "train", 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        tiny_run.run(workdir, settings(inputs))
+    assert exit_.value.code == 130
+    run = read_json(workdir / "run.json")
+    assert run["status"] == "interrupted" and run["steps"] == 5
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert "step 5" in tiny_run.run(workdir, settings(inputs))
+    assert left(workdir) == left(straight[0])
+
+
+def test_early_stopping_counts_evals_and_keeps_the_best(inputs, tmp_path, monkeypatch):
+    losses = iter([5.0, 4.0, 3.0, 3.0, 3.5])  # of the evals; equal is not better
+    true_metrics = evaluate.metrics
+
+    def metrics(rows, batch_size):
+        found = true_metrics(rows, batch_size)
+        return found | ({"loss": next(losses)} if rows["split"][0] == "validation" else {})
+
+    monkeypatch.setattr(evaluate, "metrics", metrics)
+    c = settings(inputs, {"train.eval_every": 1, "train.patience": 2})
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        on_record(patch, "train", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        tiny_run.run(tmp_path, c)
+    out = tiny_run.run(tmp_path, c)
+    assert "2 without a better one" in out
+    run = read_json(tmp_path / "run.json")
+    assert (run["status"], run["steps"], run["best_step"]) == ("stopped early", 4, 2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+    best, last = (
+        ocp.StandardCheckpointer().restore(tmp_path / "checkpoints" / step / "state")["lora"]
+        for step in ("2", "4")
+    )
+    assert equal(adapter(tmp_path), best) and not equal(best, last)
+
+
+def test_not_finite_stops_and_says_where(diverged):
+    workdir, message = diverged
+    run = read_json(workdir / "run.json")
+    assert run["status"] == "nan" and run["steps"] == 2
+    ids = run["nan"]["ids"]
+    assert len(ids) == 4 and all(i in message for i in ids)
+    assert "at step 2" in message and "the adapter is that of step 0" in message
+    assert (workdir / "report.md").exists()
+    assert not any(np.any(leaves["b"]) for leaves in adapter(workdir)["layers"]["attn"].values())
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["0", "1"]
+    last = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / "1" / "state")
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(last))
+
+
+def test_base_weights_that_are_not_finite(inputs, tmp_path, monkeypatch):
+    def poisoned(*args):
+        base = load_base(*args)
+        return base | {"embed": jax.tree.map(lambda w: w.at[4:].set(math.nan), base["embed"])}
+
+    monkeypatch.setattr(train, "load_base", poisoned)
+    with pytest.raises(UserError, match=r"at step 0, .* and 4 more; no adapter was written"):
+        tiny_run.run(tmp_path, settings(inputs))
+    assert read_json(tmp_path / "run.json")["status"] == "nan"
+    assert read_json(tmp_path / "report.json")["validation"]["loss"]["start"] is None
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"lora.targets": "w_[qk]"}, "matches no module. Names: attn/k_proj"),
+        ({"data.batch_size": 6, "train.micro_batches": 4}, "data.batch_size 6 is not a multiple"),
+        ({"data.seq_len": 8, "data.loss_on": "completion"}, "data.seq_len 8"),
+        ({"optim.warmup_steps": 8}, "optim.warmup_steps is 8"),
+        ({"mesh.tensor": 3}, "needs 3 devices"),
+    ],
+)
+def test_bad_input_leaves_no_run(changes, message, inputs, tmp_path):
+    c = settings(inputs, changes)
+    with pytest.raises(UserError) as error:
+        config.check(c)  # as the command line does first
+        tiny_run.run(tmp_path, c)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] in ([], ["config.json"])
+
+
+def test_workdir_of_another_run(straight, inputs):
+    before = left(straight[0])
+    with pytest.raises(UserError, match=r"lora.rank: 2 here, 4 there.*seed: 5 here, 0 there"):
+        tiny_run.run(straight[0], settings(inputs, {"lora.rank": 2, "seed": 5}))
+    assert left(straight[0]) == before
+
+
+def test_data_that_changed_since_the_run_began(straight, inputs, tmp_path):
+    workdir, other = tmp_path / "run", tmp_path / "inputs"
+    shutil.copytree(inputs, other)
+    c = settings(other)
+    shutil.copytree(straight[0], workdir)
+    (workdir / "config.json").write_text(c.to_json())
+    path = other / "validation.jsonl"
+    path.write_text(path.read_text().replace("It is", "That is"))
+    with pytest.raises(UserError, match=r"the data has changed since the run in .* began"):
+        tiny_run.run(workdir, c)
+    assert left(workdir) == left(straight[0])
+
+
+def test_damaged_checkpoint(straight, inputs, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight[0], workdir)
+    for file in (workdir / "checkpoints" / "8" / "state").rglob("manifest.ocdbt"):
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="checkpoints/8 is damaged"):
+        tiny_run.run(workdir, settings(inputs))
+    shutil.rmtree(workdir / "checkpoints" / "8")  # as the message says; there is no earlier one
+    tiny_run.run(workdir, settings(inputs))
+    assert left(workdir) == left(straight[0])
+
+
+def test_packed_micro_batches(inputs, tmp_path, monkeypatch):
+    """It learns, compiles nothing after the second step, and TRL's accuracy is that of the rows."""
+    changes = {"data.pack": True, "data.seq_len": 128, "lora.dropout": 0.0}
+    c = settings(inputs, changes | {"train.micro_batches": 2})
+    events = []
+
+    def listener(event, seconds, **facts):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(facts)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    on_record(monkeypatch, "train", 2, events.clear)
+    on_record(monkeypatch, "eval", 8, lambda: events.append("end"))
+    tiny_run.run(tmp_path, c)
+    jax.monitoring.unregister_event_duration_listener(listener)
+    assert events[0] == "end"
+    first, *_, last = [r["validation/loss"] for r in records(tmp_path, "eval")]
+    assert last < first
+
+    # The adapter is zero in the first step: its numbers are those of the base model.
+    pretrained = open_weights(c.weights, c.arch)
+    train_set = load_data(c, pretrained.tokenizer())[0]
+    model, mesh = build_model(pretrained.arch, c, no_wrap), one_device()
+    step = jax.jit(make_eval_step(model, c.vocab_chunk))
+    fixed = evaluate.fixed_set(train_set.examples, c, train_set.slots)
+    base = load_base(pretrained, model, mesh)
+    rows = evaluate.ledger_rows(step, {}, base, fixed, mesh, "train", 0)
+    batch = train_set.plan(0)[:4]
+    assert max(map(len, batch)) > 1
+    halves = [[i for row in batch[k::2] for i in row] for k in (0, 1)]
+    shares = [rows["correct"][h].sum() / rows["tokens"][h].sum() for h in halves]
+    record = records(tmp_path, "train")[0]
+    assert math.isclose(record["trl_compat/mean_token_accuracy"], np.mean(shares), rel_tol=1e-6)
+    members = [i for half in halves for i in half]
+    tokens, nll = (rows[k][members].sum() for k in ("tokens", "nll"))
+    assert record["loss_tokens"] == tokens
+    assert math.isclose(record["loss"], nll / tokens, rel_tol=1e-5)

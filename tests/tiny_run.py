@@ -1,0 +1,107 @@
+"""Whole runs on a tiny model: its data, a config, a run in this process, and what a run left."""
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow.parquet
+import tiny
+import tiny_tokenizer
+from jax.experimental.compilation_cache import compilation_cache
+
+from gemma_lora import config, train
+
+
+@contextlib.contextmanager
+def quick_compilation(directory: Path) -> Iterator[None]:
+    """Compiles with few optimisations and keeps the results in the directory, for equal programs."""
+    changes = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {k: getattr(jax.config, k) for k in changes}
+    for values in (changes, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # jax looks at its settings once
+        if values is changes:
+            yield
+
+
+def write_inputs(directory: Path) -> Path:
+    """A tiny model with its tokenizer, train.jsonl and validation.jsonl; returns the directory."""
+    tiny.write_tiny("gemma", directory)
+    tiny_tokenizer.write_tokenizer(directory)
+    rows = [
+        {"id": f"{a}+{b}", "question": f"{a} + {b}", "answer": f"It is {a + b}."}
+        for a in range(4)
+        for b in range(6)
+    ]
+    for name, part in (("train", rows[:18]), ("validation", rows[18:])):
+        write_rows(directory / f"{name}.jsonl", part)
+    return directory
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def settings(inputs: Path, changes: dict[str, Any] | None = None) -> Any:
+    """Eight steps of four rows, evals at 0, 3, 6 and 8. changes: {'optim.lr': 1.0, ...}."""
+    c = config.default()
+    values = {
+        "arch": "auto",
+        "weights": str(inputs),
+        "dtype": "float32",
+        "remat": "none",
+        "data.path": str(inputs / "train.jsonl"),
+        "data.validation_path": str(inputs / "validation.jsonl"),
+        "data.seq_len": 64,
+        "data.batch_size": 4,
+        "lora.rank": 4,
+        "lora.targets": "qv",
+        "optim.lr": 5e-3,
+        "train.max_steps": 8,
+        "train.eval_every": 3,
+    }
+    c.update_from_flattened_dict(values | (changes or {}))
+    return c
+
+
+def run(workdir: Path, c: Any) -> str:
+    """Trains; returns what was printed."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        train.train(c, workdir)
+    return out.getvalue()
+
+
+def records(workdir: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def ledger(workdir: Path, step: int, split: str) -> dict[str, np.ndarray]:
+    table = pyarrow.parquet.read_table(workdir / "ledger" / f"eval_{step:06d}.parquet")
+    columns = {k: table[k].to_numpy() for k in table.column_names}
+    return {k: v[columns["split"] == split] for k, v in columns.items()}
+
+
+def left(workdir: Path) -> dict[str, Any]:
+    """All that a run left which must not depend on the clock or on how often it was started."""
+    clocks = ("seconds", "step_seconds")
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    report = json.loads((workdir / "report.json").read_text())
+    report["run"] = {k: v for k, v in report["run"].items() if k not in ("seconds", "phases")}
+    files = [*workdir.glob("ledger/*"), *workdir.glob("adapter/*")]
+    return {
+        "metrics": [{k: v for k, v in r.items() if k not in clocks} for r in lines],
+        "report": report,
+        **{str(f.relative_to(workdir)): f.read_bytes() for f in files},
+    }
