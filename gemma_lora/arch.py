@@ -39,7 +39,6 @@ class Arch:
     scale_embed: bool = True  # embeddings are multiplied by sqrt(D)
     tied: bool = True  # the head is the embedding table
     eps: float = 1e-6
-    add_bos: bool = True  # sequences start with one bos
 
     @property
     def is_local(self) -> tuple[bool, ...]:
@@ -58,13 +57,13 @@ class Arch:
             raise UserError(
                 f"config.json: model_type {family!r} is not supported, " + nearest(family, FAMILIES)
             )
-        missing = [k for k in _HF_SIZES.values() if k not in config]
+        fields = dict(FAMILIES[family], family=family)
+        fields |= {ours: config[theirs] for ours, theirs in _HF_SIZES.items() if theirs in config}
+        missing = [theirs for ours, theirs in _HF_SIZES.items() if ours not in fields]
         if missing:
             raise UserError(f"config.json of a {family} model lacks {', '.join(missing)}")
-        fields = dict(FAMILIES[family], family=family)
-        fields |= {ours: config[theirs] for ours, theirs in _HF_SIZES.items()}
         heads, embed = fields["heads"], fields["embed"]
-        fields["kv_heads"] = config.get("num_key_value_heads") or heads
+        fields["kv_heads"] = config.get("num_key_value_heads") or fields.get("kv_heads", heads)
         fields["head_dim"] = config.get("head_dim") or fields.get("head_dim") or embed // heads
         fields["query_scale"] = float(
             config.get("query_pre_attn_scalar") or fields.get("query_scale") or fields["head_dim"]
@@ -149,6 +148,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "final_softcap": 30.0,
     },
     "gemma3_text": {
+        "vocab": 262_208,
+        "heads": 8,
+        "kv_heads": 4,
         "head_dim": 256,
         "query_scale": 256.0,
         "tied": True,
@@ -165,7 +167,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qkv_bias": True,
         "gelu": False,
         "scale_embed": False,
-        "add_bos": False,
     },
 }
 

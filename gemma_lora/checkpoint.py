@@ -57,7 +57,7 @@ class Checkpoints:
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """(state with the shapes, dtypes and shardings of `like`, notes).
 
-        Raises UserError for a checkpoint that is damaged.
+        Raises UserError for a checkpoint that cannot be restored.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
@@ -69,8 +69,9 @@ class Checkpoints:
             )
         except Exception as e:  # orbax and tensorstore have no common base of their errors
             raise UserError(
-                f"the checkpoint {self._directory / str(step)} is damaged ({type(e).__name__}); "
-                "remove it to go on from an earlier one, if there is one"
+                f"the checkpoint {self._directory / str(step)} cannot be restored "
+                f"({type(e).__name__}: {' '.join(str(e).split())[:300]}); if it is damaged, move "
+                "it away to go on from an earlier one, if there is one"
             ) from e
         return restored.state, restored.notes
 

@@ -5,7 +5,7 @@ import pathlib
 import re
 import sys
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -36,7 +36,7 @@ def default() -> ConfigDict:
     c.data.loss_on = "all"  # 'all' tokens or the 'completion' (the template's last field)
     c.data.seq_len = 256  # tokens of a row, T
     c.data.batch_size = 8  # rows of one optimizer step, over all devices and micro-batches, B
-    c.data.limit = 0  # only the first rows of the source; 0: all
+    c.data.limit = 0  # only the first rows of source or path; 0: all
     c.data.pack = False  # several examples a row
 
     c.lora = ConfigDict()
@@ -98,11 +98,14 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"the config lacks {', '.join(missing)}: start from gemma_lora.config.default()"
         )
+    for key, usual in valid.items():
+        if not isinstance(got[key], (int, float) if isinstance(usual, float) else type(usual)):
+            raise UserError(f"{key} is {got[key]!r}, expected a {type(usual).__name__}")
     if config.dtype not in ("bfloat16", "float32"):
         why = ": Gemma overflows in float16 and gives NaN" if config.dtype == "float16" else ""
         raise UserError(f"dtype {config.dtype!r}{why}; expected bfloat16 or float32")
     for key, least in _LEAST.items():
-        if got[key] < least:
+        if not got[key] >= least:
             raise UserError(f"{key} is {got[key]}, expected at least {least}")
     t, d = config.train, config.data
     for key in ("train.eval_every", "optim.lr"):
@@ -148,6 +151,8 @@ def parse_flags(required: tuple[str, ...] = ("config",)) -> ConfigDict:
     Raises UserError instead of a traceback for unknown flags, unknown keys, wrong types, and for
     a config file that is missing or fails.
     """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        _help()
     path = _check_argv(sys.argv[1:])
     try:
         rest = flags.FLAGS(sys.argv)
@@ -164,6 +169,17 @@ def parse_flags(required: tuple[str, ...] = ("config",)) -> ConfigDict:
         raise UserError(f"command line: {' and '.join(missing)} must be given")
     check(config)
     return config
+
+
+def _help() -> NoReturn:
+    """Prints how the entry point is called, every flag and every config key; exits."""
+    print((sys.modules["__main__"].__doc__ or "").strip() + "\n\nflags:")
+    for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]) or []:
+        print(f"  --{flag.name:<38} {flag.help}")
+    print(f"  --{CONFIG.name:<38} {flags.FLAGS[CONFIG.name].help}")
+    for key, value in flat(to_dict(default())).items():
+        print(f"  --config.{key:<31} {value!r}")
+    raise SystemExit(0)
 
 
 def _check_argv(arguments: list[str]) -> str:

@@ -29,4 +29,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     raise SystemExit(0)

@@ -21,13 +21,13 @@ from jax.sharding import Mesh
 
 from gemma_lora.config import parse_flags
 from gemma_lora.data import sources
-from gemma_lora.data.dataset import Dataset, loss_slots, tokenize
+from gemma_lora.data.dataset import Dataset, check_vocabulary, loss_slots, tokenize
 from gemma_lora.data.pipeline import fixed_set
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import replace_file
-from gemma_lora.metrics import finite
+from gemma_lora.metrics import finite, say
 from gemma_lora.model import no_wrap
-from gemma_lora.sharding import batch_sharding, make_mesh, to_global, tree_shardings
+from gemma_lora.sharding import batch_sharding, check_rows, make_mesh, to_global, tree_shardings
 from gemma_lora.step import make_eval_step
 from gemma_lora.weights import peft
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
@@ -137,16 +137,6 @@ def not_finite(rows: dict[str, np.ndarray]) -> list[str]:
     return [i for i, nll in zip(rows["id"], rows["nll"], strict=True) if not math.isfinite(nll)]
 
 
-def check_rows(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError where the devices cannot share the rows of a batch evenly."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % ways:
-        raise UserError(
-            f"data.batch_size is {batch_size}, expected a multiple of {ways}: mesh data="
-            f"{mesh.shape['data']}, fsdp={mesh.shape['fsdp']} shares the rows among its devices"
-        )
-
-
 def _claim(out: pathlib.Path) -> None:
     """Makes --out; UserError where that fails, or where it would overwrite a run's own ledger."""
     if (out / "config.json").exists():
@@ -157,22 +147,20 @@ def _claim(out: pathlib.Path) -> None:
         raise UserError(f"--out {out} cannot be used: {e.strerror}") from e
 
 
-def main() -> None:
-    # Defined here: train imports this module and must not take these flags.
-    flags.DEFINE_string("adapter", "", "A PEFT adapter directory; the base model without.")
-    flags.DEFINE_string("out", None, "Directory that takes the ledger.")
-    config = parse_flags(("config", "out"))
-    out, adapter = pathlib.Path(flags.FLAGS.out), flags.FLAGS.adapter
+def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> dict[str, Any]:
+    """Writes the ledger of the config's data to `out`; returns its metrics and what was left out.
+
+    adapter: a PEFT adapter directory; None: the base model.
+    """
     _claim(out)
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
-    wrap, lora = no_wrap, {}
-    if adapter:
-        wrap, lora = peft.read(pathlib.Path(adapter), pretrained.arch)
+    wrap, lora = peft.read(adapter, pretrained.arch) if adapter else (no_wrap, {})
     where = config.data.path or config.data.source
     rows = sources.read(config.data.source, config.data.path, config.data.limit)
     found = tokenize(rows, pretrained.tokenizer(), config.data, where)
     if not found.examples:
         raise UserError(f"{where}: no example has a token that carries loss within data.seq_len")
+    check_vocabulary(found.examples, pretrained.arch.vocab)
     mesh = make_mesh(config.mesh)
     check_rows(config.data.batch_size, mesh)
     model = build_model(pretrained.arch, config, wrap)
@@ -186,9 +174,21 @@ def main() -> None:
     if jax.process_index() == 0:
         write_ledger(out / "ledger" / "eval_000000.parquet", [ledger])
         write_examples(out / "ledger" / "examples.parquet", {"eval": data})
-        left_out = {"truncated": len(found.truncated), "dropped": len(found.dropped)}
-        numbers = metrics(ledger, config.data.batch_size) | left_out
-        print(json.dumps(finite(numbers)), flush=True)
+    left_out = {"truncated": len(found.truncated), "dropped": len(found.dropped)}
+    measured = {"data": where, "adapter": str(adapter) if adapter else None}
+    return finite(metrics(ledger, config.data.batch_size) | left_out | measured)
+
+
+def main() -> None:
+    # Defined here: train imports this module and must not take these flags.
+    flags.DEFINE_string("adapter", None, "A PEFT adapter directory; the base model without.")
+    flags.DEFINE_string("out", None, "Directory that takes the ledger.")
+    config = parse_flags(("config", "out"))
+    adapter = flags.FLAGS.adapter
+    if adapter == "":
+        raise UserError("command line: --adapter is empty; leave it out for the base model")
+    adapter = pathlib.Path(adapter) if adapter else None
+    say(json.dumps(evaluate(config, pathlib.Path(flags.FLAGS.out), adapter)))
 
 
 if __name__ == "__main__":

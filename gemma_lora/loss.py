@@ -23,8 +23,8 @@ class TokenStats(NamedTuple):
 
     @property
     def correct(self) -> jax.Array:
-        """1.0 where no other token has a larger logit."""
-        return (self.margin >= 0).astype(jnp.float32)
+        """1.0 where every other token has a smaller logit (equal logits predict nothing)."""
+        return (self.margin > 0).astype(jnp.float32)
 
     @property
     def el2n(self) -> jax.Array:

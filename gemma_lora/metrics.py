@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import tensorboardX
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from gemma_lora.files import write_text
 
@@ -64,7 +64,6 @@ class Metrics:
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TimeRemainingColumn(),
                 console=Console(file=sys.stdout),
                 transient=True,
             )

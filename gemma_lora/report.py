@@ -253,7 +253,7 @@ def _more_epochs(w: Workdir) -> dict[str, Any]:
 def build(workdir: pathlib.Path) -> dict[str, Any]:
     """The report of a workdir in JSON types, None where a number is not finite; raises as read."""
     w = read(workdir)
-    best = min(w.evals, key=lambda e: np.nan_to_num(e.mean("validation", "nll"), nan=np.inf))
+    best = next((e for e in w.evals if e.step == w.run["best_step"]), w.evals[0])
     points = {"start": w.evals[0], "best": best, "last": w.evals[-1]}
     # Seeded apart: the examples of the two sets are drawn independently.
     draws = {s: bootstrap(w.evals[0].rows[s], best.rows[s], i) for i, s in enumerate(SPLITS)}

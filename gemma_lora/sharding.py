@@ -84,6 +84,16 @@ def batch_sharding(mesh: Mesh, rank: int = 2) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *(None,) * (rank - 1)))
 
 
+def check_rows(batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError where the devices cannot share the rows of a batch evenly."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % ways:
+        raise UserError(
+            f"data.batch_size is {batch_size}, expected a multiple of {ways}: mesh data="
+            f"{mesh.shape['data']}, fsdp={mesh.shape['fsdp']} shares the rows among its devices"
+        )
+
+
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of each array -> global arrays with the rows of all processes."""
     return {

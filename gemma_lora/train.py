@@ -29,11 +29,18 @@ from gemma_lora.files import write_text
 from gemma_lora.lora import LoRAConfig, check_targets, count
 from gemma_lora.metrics import Metrics, Phases, Timer, banner, clock, finite, say
 from gemma_lora.optim import optimizer, schedule
-from gemma_lora.sharding import batch_sharding, make_mesh, replicated, to_global, tree_shardings
+from gemma_lora.sharding import (
+    batch_sharding,
+    check_rows,
+    make_mesh,
+    replicated,
+    to_global,
+    tree_shardings,
+)
 from gemma_lora.step import State, make_eval_step, make_train_step
 from gemma_lora.weights import peft
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
-from gemma_lora.workdir import claim
+from gemma_lora.workdir import claim, forget_after, require_space
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; resumed if it exists.")
 
@@ -59,10 +66,12 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         tokenizer = pretrained.tokenizer()
     arch = pretrained.arch
     mesh = make_mesh(config.mesh)
-    evaluate.check_rows(config.data.batch_size, mesh)
+    check_rows(config.data.batch_size, mesh)
     model = build_model(arch, config, wrap)
     abstract = model.abstract()
     adapted = check_targets(wrap, nn.unbox(abstract["params"]))
+    # Three checkpoints of A, B and Adam's two moments, in float32, can be there at once.
+    require_space(workdir, 64 * 2**20 + 3 * 12 * count(abstract["lora"]))
     versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax")}
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     name = arch.family if config.arch == "auto" else config.arch
@@ -82,7 +91,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
 
     # ---- data -----------------------------------------------------------------------------------
     with mark("read data"):
-        train_set, validation, probe, counts = load_data(config, tokenizer)
+        train_set, validation, probe, counts = load_data(config, tokenizer, arch.vocab)
     steps_per_epoch = train_set.steps_per_epoch
     total = config.train.max_steps or config.train.epochs * steps_per_epoch
     every = config.train.eval_every
@@ -155,6 +164,8 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         "phases": phases.seconds,
         "nan": None,
     }
+    if jax.process_index() == 0:
+        forget_after(workdir, start)
     metrics = Metrics(workdir, start, total)
     timer = Timer(notes["seconds"])
 
@@ -215,7 +226,8 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         notes["tokens"] += batch_tokens
         notes["loss_tokens"] += int(loss_tokens)
         accuracy = float(sums["correct"].sum() / loss_tokens)
-        trl = float(np.mean(sums["correct"] / np.maximum(sums["tokens"], 1)))
+        has = sums["tokens"] > 0  # the empty rows that fill an epoch's last batch are no batch
+        trl = float(np.mean(sums["correct"][has] / sums["tokens"][has]))
         rate = float(learning_rate(step - 1))
         notes["seconds"] = timer.total()
         metrics.write(
@@ -253,8 +265,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
                     log(*in_flight)
                 in_flight = (step, sums, int(np.sum(batch.arrays["segments"] > 0)))
                 evaluating = step % every == 0 or step == total
-                saving = evaluating or step % config.train.save_every == 0
-                if saving or interrupt.asked:
+                if interrupt.asked or evaluating or step % config.train.save_every == 0:
                     log(*in_flight)
                     in_flight = None
                     if evaluating:
@@ -262,9 +273,10 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
                     checkpoints.save(step, state, notes)
                     save_run("running", step)
                     timer.lap()
-                if interrupt.asked:
-                    status = "interrupted"
-                    break
+                    # Only here: a signal must not end the run at a step that was not saved.
+                    if interrupt.asked:
+                        status = "interrupted"
+                        break
             else:
                 if step < total:
                     status = "stopped early"

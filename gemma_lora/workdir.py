@@ -35,16 +35,28 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> boo
                 f"workdir {workdir} belongs to a run with another config: "
                 f"{'; '.join(differ)}. Give another --workdir, or the same config"
             )
-        free = shutil.disk_usage(workdir).free
-        if free < need_bytes:
-            raise UserError(
-                f"workdir {workdir} has {free / 2**20:,.0f} MiB free, "
-                f"this run needs about {need_bytes / 2**20:,.0f} MiB"
-            )
+        require_space(workdir, need_bytes)
         write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
     except OSError as e:
         raise UserError(f"workdir {workdir} cannot be used: {e.strerror or e}") from e
     return begun
+
+
+def forget_after(workdir: pathlib.Path, step: int | None) -> None:
+    """Removes the ledgers of evaluations after `step` (None: all), which come again."""
+    for file in (workdir / "ledger").glob("eval_*.parquet"):
+        if step is None or int(file.stem.removeprefix("eval_")) > step:
+            file.unlink()
+
+
+def require_space(workdir: pathlib.Path, need_bytes: int) -> None:
+    """Raises UserError when the disk of `workdir` has less than `need_bytes` free."""
+    free = shutil.disk_usage(workdir).free
+    if free < need_bytes:
+        raise UserError(
+            f"workdir {workdir} has {free / 2**20:,.0f} MiB free, "
+            f"this run needs about {need_bytes / 2**20:,.0f} MiB"
+        )
 
 
 def _read(file: pathlib.Path) -> dict[str, Any]:

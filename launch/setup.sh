@@ -24,12 +24,20 @@ find_python() {
   return 1
 }
 
-# A venv is complete when it was made from these very pins.
-stamp=$(cat pyproject.toml constraints.txt launch/setup.sh | cksum | tr -d ' ')-$extras
-if [ "$(cat "$venv/.stamp" 2>/dev/null || true)" = "$stamp" ]; then exit 0; fi
+# A venv is complete when it was made from these very pins, and its Python still runs.
+stamp=$(cat pyproject.toml constraints.txt launch/setup.sh | cksum | tr -d ' ')-$extras-${PYTHON:-}-${PYTHON_VERSIONS:-}
+if [ "$(cat "$venv/.gemma_lora" 2>/dev/null || true)" = "$stamp" ] && works "$venv/bin/python"; then
+  exit 0
+fi
+if [ -e "$venv" ] && [ ! -e "$venv/.gemma_lora" ]; then
+  echo "error: $venv exists and was not made by launch/setup.sh; remove it, or move it away" >&2
+  exit 1
+fi
 python=${PYTHON:-$(find_python)}
 echo "installing gemma_lora[$extras] into $venv with $("$python" --version)"
-"$python" -m venv --clear "$venv"
+mkdir -p "$venv"
+echo incomplete > "$venv/.gemma_lora"
+"$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
   --constraint constraints.txt --editable ".[$extras]"
-echo "$stamp" > "$venv/.stamp"
+echo "$stamp" > "$venv/.gemma_lora"

@@ -1,7 +1,9 @@
 """What many tests share: tiny models on our tree, and batches from token arrays."""
 
 import functools
+import importlib
 import json
+import os
 import tempfile
 from typing import Any
 
@@ -9,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 
 from gemma_lora.arch import Arch
@@ -18,6 +21,18 @@ from gemma_lora.sharding import make_mesh, tree_shardings
 from gemma_lora.step import Batch
 from gemma_lora.weights import mapping, peft
 from gemma_lora.weights.hf import Safetensors
+
+
+def live(module: str):
+    """A module of the tests that needs torch, transformers and peft; skips where they are absent.
+
+    With GEMMA_LORA_REQUIRE_LIVE set, their absence is a failure: CI must not lose these tests.
+    """
+    if os.environ.get("GEMMA_LORA_REQUIRE_LIVE"):
+        return importlib.import_module(module)
+    for package in ("torch", "transformers", "peft"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    return importlib.import_module(module)
 
 
 def one_device():

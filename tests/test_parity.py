@@ -37,7 +37,7 @@ def expected(source: str, name: str) -> dict[str, np.ndarray]:
     """The reference values of a tiny model, 'trajectory' or 'real'."""
     if source == "golden":
         return dict(np.load(GOLDENS / f"{name}.npz"))
-    make_goldens = pytest.importorskip("make_goldens", reason="torch, transformers, peft absent")
+    make_goldens = common.live("make_goldens")
     makers = {
         "trajectory": make_goldens.trajectory_golden,
         "real": functools.partial(make_goldens.real_golden, whole=True),
@@ -232,7 +232,7 @@ def test_real_greedy_continuation(real):
 
 
 def test_our_adapter_loads_in_peft(tmp_path):
-    reference = pytest.importorskip("reference", reason="torch, transformers, peft absent")
+    reference = common.live("reference")
     wrap = LoRAConfig(RANK, ALPHA, 0.0, rslora=True)
     model, params = common.tiny_model("gemma3", wrap)
     lora = common.adapter("gemma3")
@@ -242,7 +242,7 @@ def test_our_adapter_loads_in_peft(tmp_path):
 
 
 def test_adapter_trained_by_peft_loads_here(tmp_path):
-    reference = pytest.importorskip("reference", reason="torch, transformers, peft absent")
+    reference = common.live("reference")
     reference.save_trained_adapter("qwen2", tmp_path)
     wrap, lora = peft.read(tmp_path, common.tiny_arch("qwen2"))
     model, params = common.tiny_model("qwen2", wrap)
@@ -252,7 +252,7 @@ def test_adapter_trained_by_peft_loads_here(tmp_path):
 
 
 def test_our_adapter_on_the_real_model_in_peft(real, tmp_path):
-    reference = pytest.importorskip("reference", reason="torch, transformers, peft absent")
+    reference = common.live("reference")
     wrap = LoRAConfig(8, 16.0, 0.0)
     model = build_model(real.model.arch, real.config, wrap)
     lora = peft.from_tensors(tiny.init_adapter(tiny.GEMMA3_270M, 8), model.arch, 8)

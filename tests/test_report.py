@@ -100,10 +100,18 @@ def make(workdir: pathlib.Path, losses=(2.0, 1.0, 1.5), probe=(2.0, 0.8, 0.5), n
             table("train_probe", step, tokens, probe[i] * tokens + noise[-1 - i], right),
         ]
         put_eval(workdir, step, parts)
+    lowest = min(range(len(losses)), key=lambda i: np.nan_to_num(losses[i], nan=np.inf))
+    kw.setdefault("best_step", steps[lowest])
     train = kw.pop("train", [(3 * 0.98**i, 1e-4 * (1 - i / STEPS)) for i in range(STEPS)])
     texts = kw.pop("texts", [f"text of {i}" for i in range(n)])
     put_rest(workdir, texts, steps, train, **kw)
     return workdir
+
+
+def test_best_is_the_step_whose_adapter_was_exported(tmp_path):
+    """The run may refuse an eval that has the lowest validation loss (a probe loss not finite)."""
+    r = report.build(make(tmp_path, best_step=40))
+    assert r["evals"]["best"] == 40 == r["run"]["best_step"]
 
 
 def at(r: dict, path: str):

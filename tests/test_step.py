@@ -1,5 +1,6 @@
 """The training step: what it moves, what it may not depend on."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -24,8 +25,9 @@ from gemma_lora.weights.mapping import flatten
 NAME = "gemma3"
 
 
-def one_run(micro_batches=1, steps=3, dropout=0.0, name=NAME, **kwargs):
-    """(first state, last state, base, compilations) of a few steps on random batches."""
+@functools.cache
+def one_run(micro_batches=1, dropout=0.0, name="qwen2", **kwargs):
+    """(first state, last state, base, compilations) of two steps on random batches."""
     model, params = common.tiny_model(name, LoRAConfig(4, 8.0, dropout), **kwargs)
     optim = default().optim
     tx = optimizer(optim, 10)
@@ -34,19 +36,25 @@ def one_run(micro_batches=1, steps=3, dropout=0.0, name=NAME, **kwargs):
     state = jax.device_put(state, jax.devices()[0])  # committed, as the step's own output is
     step = jax.jit(make_train_step(model, tx, micro_batches, 64, 0))
     first = state
-    for i in range(steps):
+    for i in range(2):
         tokens = tiny.tokens(i, rows=4)
         batch = common.batch_of(tokens, tiny.loss_mask(tokens.shape, i), 24)
         state, _ = step(state, params, batch)
     return first, state, params, step._cache_size()
 
 
+def same_moments(one: State, other: State) -> None:
+    """Adam's moments, which are the gradients: its updates would magnify rounding near zero."""
+    for a, b in zip(jax.tree.leaves(one.opt_state), jax.tree.leaves(other.opt_state), strict=True):
+        assert np.max(np.abs(a - b)) <= 1e-5 * np.max(np.abs(a))
+
+
 def test_moves_every_adapter_and_no_base_weight_and_compiles_once():
     _, params = common.tiny_model(NAME)
     before = jax.device_get(params)
-    first, last, base, compilations = one_run(dropout=0.1)
+    first, last, base, compilations = one_run(dropout=0.1, name=NAME)
     assert compilations == 1
-    assert int(last.step) == 3
+    assert int(last.step) == 2
     for path, leaf in flatten(base).items():
         assert np.array_equal(leaf, flatten(before)[path]), path
     for path, leaf in flatten(last.lora).items():
@@ -56,18 +64,12 @@ def test_moves_every_adapter_and_no_base_weight_and_compiles_once():
 
 def test_micro_batches_equal_one_batch():
     """Rows of unequal loss counts: a mean of means would differ."""
-    _, whole, *_ = one_run(1)
-    _, cut, *_ = one_run(4)
-    for path, leaf in flatten(whole.lora).items():
-        assert np.allclose(leaf, flatten(cut.lora)[path], rtol=0, atol=2e-7), path
+    same_moments(one_run()[1], one_run(micro_batches=4)[1])
 
 
 @pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "matmuls"}, {"unroll": True}])
 def test_remat_and_unroll_change_nothing(change):
-    _, plain, *_ = one_run(steps=2)
-    _, other, *_ = one_run(steps=2, **change)
-    for path, leaf in flatten(plain.lora).items():
-        assert np.allclose(leaf, flatten(other.lora)[path], rtol=0, atol=1e-6), path
+    same_moments(one_run()[1], one_run(**change)[1])
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2"])

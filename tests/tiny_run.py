@@ -19,18 +19,17 @@ from gemma_lora import config, train
 
 @contextlib.contextmanager
 def quick_compilation(directory: Path) -> Iterator[None]:
-    """Compiles with few optimisations and keeps the results in the directory, for equal programs."""
-    changes = {
-        "jax_compilation_cache_dir": str(directory),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_disable_most_optimizations": True,
+    """Compiles with few optimisations, and keeps the results for equal programs."""
+    settings = {
+        "jax_compilation_cache_dir": (str(directory), None),
+        "jax_persistent_cache_min_compile_time_secs": (0.1, 1.0),
+        "jax_disable_most_optimizations": (True, False),
     }
-    before = {k: getattr(jax.config, k) for k in changes}
-    for values in (changes, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
+    for moment in (0, 1):
+        for name, values in settings.items():
+            jax.config.update(name, values[moment])
         compilation_cache.reset_cache()  # jax looks at its settings once
-        if values is changes:
+        if moment == 0:
             yield
 
 

@@ -95,6 +95,16 @@ def tokenize(rows: list[dict[str, Any]], tokenizer: Tokenizer, data: Any, where:
     return Tokenized(examples, truncated, dropped)
 
 
+def check_vocabulary(examples: list[Example], vocab: int) -> None:
+    """Raises UserError for a token that the model's embedding table has no row for."""
+    for e in examples:
+        if e.tokens.max() >= vocab:
+            raise UserError(
+                f"example {e.id} holds token {e.tokens.max()}, but the model has {vocab} words: "
+                "is the tokenizer that of the model?"
+            )
+
+
 def subset(examples: list[Example], size: int, seed: int) -> list[Example]:
     """The `size` examples whose hash of (seed, id) is smallest, in the given order."""
 
@@ -113,7 +123,10 @@ def split(
     Exact counts, at least one in each. Raises UserError for fewer than two examples.
     """
     if len(examples) < 2:
-        raise UserError(f"{len(examples)} usable example(s): a split needs at least 2")
+        raise UserError(
+            f"{len(examples)} usable example(s), a split needs at least 2: the others have no loss "
+            "token within data.seq_len"
+        )
     count = min(max(1, round(len(examples) * fraction)), len(examples) - 1)
     validation = subset(examples, count, seed)
     held_out = {e.id for e in validation}

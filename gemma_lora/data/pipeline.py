@@ -9,6 +9,7 @@ from gemma_lora.data.dataset import (
     Dataset,
     Example,
     Tokenized,
+    check_vocabulary,
     loss_slots,
     split,
     subset,
@@ -33,7 +34,7 @@ def fixed_set(examples: list[Example], config: Any, slots: int) -> Dataset:
 
 
 def load_data(
-    config: Any, tokenizer: Tokenizer
+    config: Any, tokenizer: Tokenizer, vocab: int
 ) -> tuple[Dataset, Dataset, Dataset, dict[str, int]]:
     """(training set, validation set, train probe, counts), all in one batch shape.
 
@@ -44,7 +45,9 @@ def load_data(
 
     def read(path: str) -> Tokenized:
         rows = sources.read(data.source, path, data.limit)
-        return tokenize(rows, tokenizer, data, path or data.source)
+        tokenized = tokenize(rows, tokenizer, data, path or data.source)
+        check_vocabulary(tokenized.examples, vocab)
+        return tokenized
 
     found = [read(data.path)]
     if data.validation_path:

@@ -1,7 +1,7 @@
 """Rows -> text, with the point where the completion begins.
 
 A template is a format string. Its last field, and what follows it, is the completion; all before
-is the prompt. Where several variants are given, the first whose fields are all non-empty is used.
+is the prompt. Of several variants the first is used whose prompt has no empty field.
 """
 
 import functools
@@ -56,7 +56,8 @@ def render(
 
     Raises UserError naming `where` (file and row) for a field that is missing or no text.
     """
-    usable = [v for v in variants if all(row.get(f) not in (None, "") for f in _fields(v))]
+    # The prompt decides: an empty completion is the row's own affair.
+    usable = [v for v in variants if all(row.get(f) not in (None, "") for f in _fields(v)[:-1])]
     template = usable[0] if usable else variants[-1]
     values = {}
     for field in _fields(template):

