@@ -16,4 +16,5 @@ def get_config():
     c.train.max_steps = 20
     c.train.eval_every = 10
     c.train.eval_examples = 24
+    c.train.patience = 0
     return c
