@@ -167,7 +167,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     if jax.process_index() == 0:
         forget_after(workdir, start)
     metrics = Metrics(workdir, start, total)
-    timer = Timer(notes["seconds"])
+    timer = Timer(notes["seconds"] + phases.since_start())
 
     def at(step: int) -> str:
         return f"{step:>{len(str(total))}}/{total}"
