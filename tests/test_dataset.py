@@ -427,3 +427,11 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path, tokenizer):
     c = settings(path=write(tmp_path / "all.jsonl", ["abc", "abd", "abe"]))
     with pytest.raises(UserError, match=r"holds token \d+, but the model has 50 words"):
         load_data(c, tokenizer, 50)
+
+
+def test_a_missing_field_is_named_by_file_and_line(tmp_path, tokenizer):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": "c"}\n')
+    c = settings(path=str(path))
+    with pytest.raises(UserError, match=r"x.jsonl, line 3: field 'completion' is missing"):
+        load_data(c, tokenizer, 128)

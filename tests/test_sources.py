@@ -42,7 +42,8 @@ def test_jsonl_json_and_parquet_give_the_same_rows(tmp_path):
     write_jsonl(tmp_path / "x.jsonl", ROWS)
     (tmp_path / "x.json").write_text(json.dumps(ROWS))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "x.parquet")
-    assert read_path(tmp_path / "x.jsonl") == ROWS
+    lines = [{sources.LINE: i, **row} for i, row in enumerate(ROWS, 1)]
+    assert read_path(tmp_path / "x.jsonl") == lines
     assert read_path(tmp_path / "x.json") == ROWS
     assert read_path(tmp_path / "x.parquet") == ROWS
 
@@ -62,7 +63,7 @@ def test_limit_and_ids(tmp_path):
 
 def test_path_wins_over_source(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", ROWS)
-    assert sources.read("generated:5", path, 0) == ROWS
+    assert [r["id"] for r in sources.read("generated:5", path, 0)] == [r["id"] for r in ROWS]
 
 
 def test_duplicate_id_is_named(tmp_path):

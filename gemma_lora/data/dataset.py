@@ -13,6 +13,7 @@ import numpy as np
 
 from gemma_lora.data import templates
 from gemma_lora.data.packing import pack
+from gemma_lora.data.sources import place
 from gemma_lora.errors import UserError
 from gemma_lora.tokenizer import Tokenizer
 
@@ -64,22 +65,19 @@ def tokenize(rows: list[dict[str, Any]], tokenizer: Tokenizer, data: Any, where:
         raise UserError(f"data.loss_on is {data.loss_on!r}, expected 'completion' or 'all'")
     variants = templates.choose(data.template, rows[0], where)
     texts, starts = zip(
-        *(
-            templates.render(variants, row, tuple(data.labels), f"{where}, row {row['id']}")
-            for row in rows
-        ),
+        *(templates.render(variants, row, tuple(data.labels), place(row, where)) for row in rows),
         strict=True,
     )
     bos = [tokenizer.bos_id] if tokenizer.add_bos else []
     examples, truncated, dropped = [], [], []
     for row, text in zip(rows, texts, strict=True):
         if not text.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in text):
-            raise UserError(f"{where}, row {row['id']}: half of a surrogate pair is no text")
+            raise UserError(f"{place(row, where)}: half of a surrogate pair is no text")
     encodings = tokenizer.encode_batch(list(texts))
     for row, text, start, encoding in zip(rows, texts, starts, encodings, strict=True):
         ids = [*bos, *encoding.ids, tokenizer.eos_id]
         if tokenizer.add_bos and ids.count(tokenizer.bos_id) != 1:
-            raise UserError(f"{where}, row {row['id']}: the text itself holds the bos token")
+            raise UserError(f"{place(row, where)}: the text itself holds the bos token")
         loss_from = 1
         if data.loss_on == "completion":
             # The first token with a character of the completion; eos if the completion is empty.

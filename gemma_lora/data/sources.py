@@ -18,6 +18,17 @@ from gemma_lora.data import generated
 from gemma_lora.errors import UserError, nearest
 
 Row = dict[str, Any]
+LINE = "__line__"  # a field of rows from .jsonl files: the number of their line
+
+
+def place(row: Row, where: str) -> str:
+    """How an error names a row: by the line of its file if it has one, else by its id."""
+    return f"{where}, line {row[LINE]}" if LINE in row else f"{where}, row {row['id']}"
+
+
+def field_names(row: Row) -> str:
+    """The names of a row's fields, as an error lists them."""
+    return ", ".join(k for k in row if k != LINE)
 
 
 def read(source: str, path: str, limit: int) -> list[Row]:
@@ -86,7 +97,7 @@ def _jsonl(file: epath.Path) -> Iterator[Row]:
             if not isinstance(row, dict):
                 shown = line.strip()[:60].decode(errors="replace")
                 raise UserError(f"{file}, line {number}: expected an object, got {shown!r}")
-            yield row
+            yield {LINE: number, **row}
 
 
 def _json(file: epath.Path) -> Iterable[Row]:

@@ -9,6 +9,7 @@ import re
 import string
 from typing import Any
 
+from gemma_lora.data.sources import field_names
 from gemma_lora.errors import UserError
 
 # The fields by which a row is recognised -> the template's variants.
@@ -36,7 +37,7 @@ def choose(template: str, row: dict[str, Any], where: str) -> tuple[str, ...]:
         if missing:
             raise UserError(
                 f"data.template names {', '.join(missing)}, but the rows of {where} have "
-                f"{', '.join(row)}"
+                f"{field_names(row)}"
             )
         return (template,)
     for fields, variants in TEMPLATES.items():
@@ -44,7 +45,7 @@ def choose(template: str, row: dict[str, Any], where: str) -> tuple[str, ...]:
             return variants
     known = "; ".join("/".join(f) for f in TEMPLATES)
     raise UserError(
-        f"the rows of {where} have fields {', '.join(row)}, which no built-in template knows "
+        f"the rows of {where} have fields {field_names(row)}, which no built-in template knows "
         f"({known}). Give one: --config.data.template='... {{field}} ...'"
     )
 
@@ -62,7 +63,7 @@ def render(
     values = {}
     for field in _fields(template):
         if row.get(field) is None:
-            raise UserError(f"{where}: field {field!r} is missing (it has {', '.join(row)})")
+            raise UserError(f"{where}: field {field!r} is missing (it has {field_names(row)})")
         value = row[field]
         if field == "label" and isinstance(value, int):
             if not 0 <= value < len(labels):

@@ -44,7 +44,9 @@ def open_weights(weights: str, arch: str, sha256: str = "", tokenizer: str = "")
         notice, base_name, named = gguf.DEMO_LICENCE, "google/gemma-3-270m", str(gguf.demo_path())
     path = pathlib.Path(named).expanduser()
     if not path.exists():
-        there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        home = path.parent
+        files = [*home.glob("*.gguf"), *home.glob("*.safetensors")]
+        there = [p.name for p in (*files, *(f.parent for f in home.glob("*/config.json")))]
         raise UserError(
             f"weights {weights!r} do not exist: expected 'demo', a .gguf or .safetensors file, or "
             f"a Hugging Face directory; {nearest(path.name, there) if there else ''}".rstrip("; ")
