@@ -66,11 +66,6 @@ class Tokenizer:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
-    def token_strings(self, ids: Sequence[int]) -> list[str]:
-        """Each id's piece as the vocabulary spells it, for display; `<id 7>` where it has none."""
-        pieces = (self.backend.id_to_token(int(i)) for i in ids)
-        return [f"<id {i}>" if p is None else p for i, p in zip(ids, pieces, strict=True)]
-
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json and tokenizer_config.json, for `from_dir` and for transformers."""
         piece = self.backend.id_to_token

@@ -28,11 +28,16 @@ def live(module: str):
 
     With GEMMA_LORA_REQUIRE_LIVE set, their absence is a failure: CI must not lose these tests.
     """
-    if os.environ.get("GEMMA_LORA_REQUIRE_LIVE"):
-        return importlib.import_module(module)
     for package in ("torch", "transformers", "peft"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
+        needs(package)
     return importlib.import_module(module)
+
+
+def needs(package: str):
+    """An optional package; skips where it is absent, fails with GEMMA_LORA_REQUIRE_LIVE set."""
+    if os.environ.get("GEMMA_LORA_REQUIRE_LIVE"):
+        return importlib.import_module(package)
+    return pytest.importorskip(package, reason=f"{package} is not installed")
 
 
 def one_device():

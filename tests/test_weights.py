@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import common
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -26,7 +27,7 @@ from gemma_lora.weights import mapping
 from gemma_lora.weights.hf import Safetensors
 from gemma_lora.weights.pretrained import load_base, open_weights
 
-gguf = pytest.importorskip("gguf")
+gguf = common.needs("gguf")
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
