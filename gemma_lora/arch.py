@@ -24,9 +24,9 @@ class Arch:
     hidden: int  # F
     family: str  # Hugging Face's model_type, written back on export
     query_scale: float  # attention logits are multiplied by query_scale ** -0.5
-    rope_base: float = 10_000.0  # of global layers
+    rope_base: float  # of global layers
+    rope_local_base: float  # of local layers
     rope_factor: float = 1.0  # positions of global layers are divided by this (linear scaling)
-    rope_local_base: float = 10_000.0  # of local layers
     window: int = 0  # a local layer sees keys j with i - window < j <= i; 0: no local layers
     local: tuple[bool, ...] = (False,)  # is the layer local; repeated to length L
     norm_plus_one: bool = True  # RMSNorm multiplies by (1 + w), before the downcast
@@ -70,12 +70,50 @@ class Arch:
         )
         fields["eps"] = config.get("rms_norm_eps", 1e-6)
         fields["tied"] = config.get("tie_word_embeddings", fields["tied"])
+        if config.get("use_bidirectional_attention"):
+            raise UserError("config.json: use_bidirectional_attention is true, expected false")
         for ours, theirs in _HF_SOFTCAPS.items():
             if theirs in config:
                 fields[ours] = config[theirs] or 0.0
         fields |= _hf_rope(config, fields)
         fields |= _hf_window(config, fields)
         return cls(**fields)
+
+    def to_hf(self) -> dict[str, Any]:
+        """A config.json that from_hf reads back as this arch, in the older spellings.
+
+        transformers 4 and 5 both read them; where one release wants a key and another ignores it,
+        both are there.
+        """
+        class_name = self.family.removesuffix("_text").capitalize()
+        act = "gelu_pytorch_tanh" if self.gelu else "silu"
+        scale = self.query_scale
+        config = {
+            "architectures": [f"{class_name}ForCausalLM"],
+            "model_type": self.family,
+            **{theirs: getattr(self, ours) for ours, theirs in _HF_SIZES.items()},
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": act,
+            "hidden_activation": act,
+            # transformers 5 refuses a float here.
+            "query_pre_attn_scalar": int(scale) if scale == int(scale) else scale,
+            "rms_norm_eps": self.eps,
+            "tie_word_embeddings": self.tied,
+            **{theirs: getattr(self, ours) or None for ours, theirs in _HF_SOFTCAPS.items()},
+            "rope_theta": self.rope_base,
+            "rope_scaling": None,
+        }
+        if self.rope_factor != 1:
+            config["rope_scaling"] = {"rope_type": "linear", "factor": self.rope_factor}
+        if self.window:
+            kinds = {True: "sliding_attention", False: "full_attention"}
+            config["sliding_window"] = self.window
+            config["rope_local_base_freq"] = self.rope_local_base
+            config["layer_types"] = [kinds[local] for local in self.is_local]
+            if all(self.local[:-1]) and not self.local[-1]:  # before there were layer_types
+                config["sliding_window_pattern"] = len(self.local)
+        return config
 
 
 _HF_SIZES = {
@@ -107,10 +145,18 @@ def _hf_rope(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, float]
         raise UserError(
             f"config.json: RoPE type {kind!r} is not supported (valid: default, linear)"
         )
-    local = config.get("rope_local_base_freq", fields.get("rope_local_base", 10_000.0))
+    base = full.get("rope_theta", fields["rope_base"])
+    factor = full.get("factor", 1.0) if kind == "linear" else 1.0
+    if factor != 1 and fields.get("window") and "rope_local_base" not in fields:
+        raise UserError(
+            f"config.json: RoPE factor {factor} on the local layers of {fields['family']} is not "
+            "supported (expected none)"
+        )
+    # Where a family does not tell the two apart, local layers have the base of the others.
+    local = config.get("rope_local_base_freq", fields.get("rope_local_base", base))
     return {
-        "rope_base": float(full.get("rope_theta", fields["rope_base"])),
-        "rope_factor": float(full.get("factor", 1.0)) if kind == "linear" else 1.0,
+        "rope_base": float(base),
+        "rope_factor": float(factor),
         "rope_local_base": float(sliding.get("rope_theta", local)),
     }
 
@@ -155,6 +201,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_scale": 256.0,
         "tied": True,
         "rope_base": 1_000_000.0,
+        "rope_local_base": 10_000.0,
         "window": 4096,
         "local": (True,) * 5 + (False,),
         "post_norms": True,
@@ -175,6 +222,7 @@ def _size(family: str, vdlnkhf: tuple[int, ...], **more: Any) -> Arch:
     names = ("vocab", "embed", "layers", "heads", "kv_heads", "head_dim", "hidden")
     fields = {**FAMILIES[family], **dict(zip(names, vdlnkhf, strict=True)), **more}
     fields.setdefault("query_scale", float(fields["head_dim"]))
+    fields.setdefault("rope_local_base", fields["rope_base"])
     return Arch(family=family, **fields)
 
 

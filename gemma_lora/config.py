@@ -16,11 +16,14 @@ from gemma_lora.errors import UserError, nearest
 def default() -> ConfigDict:
     """The recipe of the source reports, for Gemma 3 270M. A config file changes what differs."""
     c = ConfigDict()
-    c.arch = "gemma3_270m"  # a name of arch.ARCHS, or 'auto': from the config.json of weights
-    c.weights = "demo"  # 'demo', a .gguf file, a .safetensors file, or a Hugging Face directory
+    c.arch = "gemma3_270m"  # a name of arch.ARCHS, or 'auto': what the weights say
+    # 'demo', hf:ORG/NAME, kaggle:OWNER/MODEL/flax/VARIATION, keras:PRESET, a .gguf or .safetensors
+    # file, or a directory: of Hugging Face, an official Flax checkpoint, or a Keras preset.
+    c.weights = "demo"
     c.weights_sha256 = ""  # refuse a weights file with another hash; '': do not check
     c.tokenizer = ""  # a directory or file with the tokenizer; '': where the weights are
     c.dtype = "bfloat16"  # of base weights and matrix products; adapters are always float32
+    c.quantize = ""  # 'int8': base matrices in 8 bits, one scale an output channel; '': in dtype
     c.remat = "matmuls"  # none, matmuls or full: what the backward recomputes (model.REMAT)
     c.unroll = False  # unroll the loop over layers: slower to compile, sometimes faster to run
     c.vocab_chunk = 2048  # vocabulary entries the loss looks at at a time
@@ -32,6 +35,7 @@ def default() -> ConfigDict:
     c.data.validation_path = ""  # a file to validate on, instead of a split
     c.data.validation_fraction = 0.1  # of the examples, chosen by a hash of seed and id
     c.data.template = ""  # 'Question: {question}\nAnswer: {answer}'; '': by the rows' fields
+    c.data.chat = False  # prompt and completion as turns of the model's chat template
     c.data.labels = ("negative", "positive")  # words for integer labels 0, 1, ...
     c.data.loss_on = "all"  # 'all' tokens or the 'completion' (the template's last field)
     c.data.seq_len = 256  # tokens of a row, T
@@ -45,6 +49,10 @@ def default() -> ConfigDict:
     c.lora.dropout = 0.1
     c.lora.targets = "all-linear"  # or 'qv', or a regular expression over module names
     c.lora.rslora = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    c.lora.variant = "lora"  # or 'dora'
+    c.lora.init = "kaiming"  # of A, with B = 0; or 'pissa', from the base weights
+    c.lora.rank_pattern = ()  # (("down_proj", 4),): another rank where the expression matches
+    c.lora.alpha_pattern = ()  # the same for alpha
 
     c.optim = ConfigDict()
     c.optim.lr = 2e-4
@@ -52,6 +60,7 @@ def default() -> ConfigDict:
     c.optim.warmup_steps = 0
     c.optim.clip = 1.0  # largest global gradient norm; 0: no clipping
     c.optim.weight_decay = 0.0
+    c.optim.b_lr_ratio = 1.0  # LoRA+: the learning rate of B is this times that of A
 
     c.train = ConfigDict()
     c.train.epochs = 3
@@ -108,7 +117,7 @@ def check(config: ConfigDict) -> None:
         if not got[key] >= least:
             raise UserError(f"{key} is {got[key]}, expected at least {least}")
     t, d = config.train, config.data
-    for key in ("train.eval_every", "optim.lr"):
+    for key in ("train.eval_every", "optim.lr", "optim.b_lr_ratio"):
         if not got[key] > 0:
             raise UserError(f"{key} is {got[key]}, expected a positive number")
     if not t.epochs and not t.max_steps:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import scipy.special
 from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -43,6 +44,8 @@ COLUMNS = {
     "correct": pyarrow.int64(),
     "margin": pyarrow.float64(),
     "el2n": pyarrow.float64(),
+    "label": pyarrow.int64(),
+    "label_p": pyarrow.list_(pyarrow.float64()),
 }
 
 
@@ -52,19 +55,21 @@ def ledger_rows(
     """Runs the set once, dropout off -> one row per example, in the set's order, as columns.
 
     tokens: targets that carry loss; nll: their summed -log p; nll_max: the largest; correct: how
-    many are the greedy choice; margin and el2n: means over the tokens.
+    many are the greedy choice; margin and el2n: means over the tokens. In classification, label:
+    the index of the row's label word (else -1); label_p: the probabilities of all label words at
+    the first token of the answer, given that it is one of them (else empty).
     """
     n = len(data.examples)
     sums = {k: np.zeros(n) for k in ("tokens", "nll", "correct", "margin", "el2n")}
     largest = np.full(n, -np.inf)
+    label_logits = np.full((n, len(data.label_tokens)), np.nan)
     for i in range(data.steps_per_epoch):
         batch = data.batch_at(i)
-        stats = eval_step(lora, base, to_global(batch.arrays, mesh))
-        values = {
-            "nll": stats.nll, "correct": stats.correct, "margin": stats.margin, "el2n": stats.el2n
-        }  # fmt: skip
-        values, owner = _gather(values), _gather(batch.owner)
+        values = _gather(eval_step(lora, base, to_global(batch.arrays, mesh)))
+        owner, answer = _gather((batch.owner, batch.answer))
         mine = owner >= 0
+        if data.label_tokens:
+            label_logits[owner[answer]] = values.pop("label_logits")[answer]
         np.add.at(sums["tokens"], owner[mine], 1)
         for name, x in values.items():
             np.add.at(sums[name], owner[mine], x[mine].astype(np.float64))
@@ -80,6 +85,8 @@ def ledger_rows(
         "correct": sums["correct"].astype(np.int64),
         "margin": sums["margin"] / sums["tokens"],
         "el2n": sums["el2n"] / sums["tokens"],
+        "label": np.array([e.label for e in data.examples], np.int64),
+        "label_p": scipy.special.softmax(label_logits, -1) if label_logits.size else label_logits,
     }
 
 
@@ -94,12 +101,13 @@ def metrics(rows: dict[str, np.ndarray], batch_size: int) -> dict[str, float]:
     """Token-weighted loss and accuracy of ledger rows, and TRL's versions under their own names.
 
     TRL's eval_loss and eval_mean_token_accuracy are unweighted means of per-batch token means, so
-    they depend on the batch size.
+    they depend on the batch size. In classification also class_accuracy: how often the row's own
+    label word is the most probable one.
     """
     tokens, nll, correct = (rows[k].astype(np.float64) for k in ("tokens", "nll", "correct"))
     groups = np.arange(0, len(tokens), batch_size)
     per_batch = np.add.reduceat(tokens, groups)
-    return {
+    found = {
         "loss": float(nll.sum() / tokens.sum()),
         "token_accuracy": float(correct.sum() / tokens.sum()),
         "tokens": int(tokens.sum()),
@@ -109,11 +117,17 @@ def metrics(rows: dict[str, np.ndarray], batch_size: int) -> dict[str, float]:
             np.mean(np.add.reduceat(correct, groups) / per_batch)
         ),
     }
+    labelled = rows["label"] >= 0
+    if labelled.any():
+        right = rows["label_p"].argmax(-1) == rows["label"]
+        found["class_accuracy"] = float(np.mean(right[labelled]))
+    return found
 
 
 def write_ledger(path: pathlib.Path, parts: list[dict[str, np.ndarray]]) -> None:
     """One Parquet file of rows, written whole or not at all."""
     columns = {k: np.concatenate([p[k] for p in parts]) for k in COLUMNS}
+    columns["label_p"] = list(columns["label_p"])  # a list a row
     _write_table(path, pyarrow.table(columns, schema=pyarrow.schema(list(COLUMNS.items()))))
 
 
@@ -168,8 +182,11 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     if lora:
         lora = jax.device_put(lora, tree_shardings(model.abstract()["lora"], mesh))
     slots = loss_slots(found.examples, config.data.seq_len, config.data.pack)
-    data = fixed_set(found.examples, config, slots)
-    step = jax.jit(make_eval_step(model, config.vocab_chunk), out_shardings=batch_sharding(mesh))
+    data = fixed_set(found.examples, config, slots, found.label_tokens)
+    step = jax.jit(
+        make_eval_step(model, config.vocab_chunk, found.label_tokens),
+        out_shardings=batch_sharding(mesh),
+    )
     ledger = ledger_rows(step, lora, base, data, mesh, "eval", 0)
     if jax.process_index() == 0:
         write_ledger(out / "ledger" / "eval_000000.parquet", [ledger])

@@ -9,7 +9,8 @@ is float32; what is kept between layers is `dtype`.
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -56,12 +57,23 @@ def _dot_bwd(eqn, dtype, frozen, residual, dz):
 dot.defvjp(_dot_fwd, _dot_bwd)
 
 
+# Ways to store a base matrix in fewer bits -> the dtype of the stored numbers.
+QUANTIZE: dict[str, jnp.dtype] = {"int8": jnp.dtype(jnp.int8)}
+
+
+def dequantized(leaves: Mapping[str, jax.Array]) -> jax.Array:
+    """The matrix that an Einsum's leaves of one layer mean, float32: 'w', times any 'w_scale'."""
+    w = leaves["w"].astype(jnp.float32)
+    return w * leaves["w_scale"] if "w_scale" in leaves else w
+
+
 class Einsum(nn.Module):
     """The one place where a base weight meets an activation: y = einsum(eqn, x, w) (+ b).
 
     `eqn` contracts the leading letters of the weight, e.g. 'BTD,DNH->BTNH'; the weight's letters
     are its logical axis names. Input in any float dtype, output float32. The weight is frozen: it
-    takes no gradient here, by construction.
+    takes no gradient here, by construction. Quantised, it is `w` in 8 bits times `w_scale`, one
+    float32 number for each output channel, which multiplies the product.
     """
 
     eqn: str
@@ -69,6 +81,7 @@ class Einsum(nn.Module):
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     bias: bool = False
+    quantize: str = ""
 
     @property
     def letters(self) -> tuple[str, str, str]:
@@ -77,24 +90,46 @@ class Einsum(nn.Module):
         x, w = operands.split(",")
         return x, w, out
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        _, w_letters, out = self.letters
-        axes_out = tuple(c for c in w_letters if c in out)
-        fan_in = 1
-        for c, n in zip(w_letters, self.shape, strict=True):
-            fan_in *= 1 if c in out else n
-        init = nn.initializers.normal(fan_in**-0.5)
-        w = self.param(
-            "w", nn.with_logical_partitioning(init, tuple(w_letters)), self.shape, self.param_dtype
-        )
-        y = dot(self.eqn, x, w, self.dtype, True)
+    def setup(self):
+        _, letters, out = self.letters
+        size = dict(zip(letters, self.shape, strict=True))
+        inputs = "".join(c for c in letters if c not in out)
+        outputs = "".join(c for c in letters if c in out)
+        std = math.prod(size[c] for c in inputs) ** -0.5
+
+        def param(name, init, letters, dtype):
+            init = nn.with_logical_partitioning(init, tuple(letters))
+            return self.param(name, init, tuple(size[c] for c in letters), dtype)
+
+        leaves = {}
+        if self.quantize:
+            leaves["w"] = param("w", _integers, letters, QUANTIZE[self.quantize])
+            init = nn.initializers.constant(std * 3**0.5 / 127)  # the integers are uniform
+            leaves["w_scale"] = param("w_scale", init, outputs, jnp.float32)
+        else:
+            leaves["w"] = param("w", nn.initializers.normal(std), letters, self.param_dtype)
         if self.bias:
-            shape = tuple(n for c, n in zip(w_letters, self.shape, strict=True) if c in axes_out)
-            init = nn.with_logical_partitioning(nn.initializers.zeros, axes_out)
-            b = self.param("b", init, shape, self.param_dtype)
-            y = y + jax.lax.stop_gradient(b).astype(jnp.float32)
+            leaves["b"] = param("b", nn.initializers.zeros, outputs, self.param_dtype)
+        self.leaves = leaves
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.plus_bias(self.product(x))
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """einsum(eqn, x, w) without the bias."""
+        y = dot(self.eqn, x, self.leaves["w"], self.dtype, True)
+        if "w_scale" in self.leaves:
+            y = y * jax.lax.stop_gradient(self.leaves["w_scale"])
         return y
+
+    def plus_bias(self, y: jax.Array) -> jax.Array:
+        if "b" in self.leaves:
+            y = y + jax.lax.stop_gradient(self.leaves["b"]).astype(jnp.float32)
+        return y
+
+
+def _integers(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return jax.random.randint(key, shape, -127, 128, dtype)
 
 
 class RMSNorm(nn.Module):
@@ -164,6 +199,7 @@ class Projections(nn.Module):
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     wrap: Callable[[Einsum, str], nn.Module]
+    quantize: str = ""
 
     def proj(self, name: str, eqn: str, bias: bool = False) -> nn.Module:
         a = self.arch
@@ -171,7 +207,7 @@ class Projections(nn.Module):
             "D": a.embed, "N": a.heads, "K": a.kv_heads, "H": a.head_dim, "F": a.hidden
         }  # fmt: skip
         shape = tuple(sizes[c] for c in eqn.split(",")[1].split("->")[0])
-        base = Einsum(eqn, shape, self.dtype, self.param_dtype, bias, name=name)
+        base = Einsum(eqn, shape, self.dtype, self.param_dtype, bias, self.quantize, name=name)
         return self.wrap(base, f"{self.name}/{name}")
 
     def norm(self, name: str, axis: str, size: int) -> RMSNorm:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import pathlib
+import resource
 import sys
 import textwrap
 import time
@@ -40,6 +41,18 @@ def finite(record: dict[str, Any]) -> dict[str, Any]:
     """The record with None for every number that is not finite: JSON has no infinity."""
     return {
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+    }
+
+
+def peak_memory() -> dict[str, int | None]:
+    """Most bytes held so far: by this process on the host (mapped files count), and by one of its
+    devices (None where the backend does not say: a CPU's memory is the host's)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    stats = [d.memory_stats() or {} for d in jax.local_devices()]
+    device = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    return {
+        "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "device": max(device, default=None),
     }
 
 

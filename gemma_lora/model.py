@@ -13,7 +13,15 @@ import jax.numpy as jnp
 
 from gemma_lora.arch import Arch
 from gemma_lora.errors import UserError, nearest
-from gemma_lora.layers import MLP, Attention, Einsum, RMSNorm, attention_mask, rope_table
+from gemma_lora.layers import (
+    MLP,
+    QUANTIZE,
+    Attention,
+    Einsum,
+    RMSNorm,
+    attention_mask,
+    rope_table,
+)
 
 Wrap = Callable[[Einsum, str], nn.Module]
 
@@ -39,6 +47,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     wrap: Wrap
+    quantize: str = ""
 
     @nn.compact
     def __call__(self, x, is_local, rope, mask):
@@ -50,7 +59,7 @@ class Block(nn.Module):
         # Local and global layers differ in these two inputs only.
         rope = jnp.where(is_local, rope[0], rope[1])
         mask = jnp.where(is_local, mask[0], mask[1])
-        common = (a, self.dtype, self.param_dtype, self.wrap)
+        common = (a, self.dtype, self.param_dtype, self.wrap, self.quantize)
         y = Attention(*common, name="attn")(norm("pre_attn_norm", x), rope, mask)
         if a.post_norms:
             y = norm("post_attn_norm", y)
@@ -74,12 +83,16 @@ class Transformer(nn.Module):
     wrap: Wrap = no_wrap
     remat: str = "none"
     unroll: bool = False
+    quantize: str = ""  # a name of layers.QUANTIZE: base matrices in fewer bits
 
     @nn.compact
     def __call__(self, tokens: jax.Array, segments: jax.Array, positions: jax.Array) -> jax.Array:
         a = self.arch
         if self.remat not in REMAT:
             raise UserError(f"remat {self.remat!r} is unknown, {nearest(self.remat, REMAT)}")
+        if self.quantize and self.quantize not in QUANTIZE:
+            near = nearest(self.quantize, QUANTIZE)
+            raise UserError(f"quantize {self.quantize!r} is unknown, {near}; '' is off")
         table = self.embedding("embed")
         x = jnp.take(jax.lax.stop_gradient(table), tokens, axis=0).astype(self.dtype)
         if a.scale_embed:
@@ -106,7 +119,7 @@ class Transformer(nn.Module):
             unroll=a.layers if self.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "L"},
         )
-        layers = stack(a, self.dtype, self.param_dtype, self.wrap, name="layers")
+        layers = stack(a, self.dtype, self.param_dtype, self.wrap, self.quantize, name="layers")
         x, _ = layers(x, jnp.asarray(a.is_local), rope, mask)
         x = RMSNorm("D", a.embed, a.eps, a.norm_plus_one, name="final_norm")(x)
         return x.astype(self.dtype)

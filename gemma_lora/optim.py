@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import optax
 
 from gemma_lora.errors import UserError, nearest
@@ -33,8 +34,23 @@ def schedule(optim: Any, steps: int) -> optax.Schedule:
 
 
 def optimizer(optim: Any, steps: int) -> optax.GradientTransformation:
-    """Clip by the global norm (0: off), then AdamW with torch's defaults (0.9, 0.999, 1e-8)."""
-    adamw = optax.adamw(schedule(optim, steps), weight_decay=optim.weight_decay)
-    if not optim.clip:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(optim.clip), adamw)
+    """Clip by the global norm (0: off), then AdamW with torch's defaults (0.9, 0.999, 1e-8).
+
+    The learning rate of B, and of DoRA's m, is optim.b_lr_ratio times that of A: LoRA+
+    (arXiv:2402.12354) as PEFT's create_loraplus_optimizer groups them.
+    """
+    parts = [optax.adamw(schedule(optim, steps), weight_decay=optim.weight_decay)]
+    if optim.clip:
+        parts.insert(0, optax.clip_by_global_norm(optim.clip))
+    if optim.b_lr_ratio != 1:
+        parts.append(optax.stateless(lambda updates, _: _faster(updates, optim.b_lr_ratio)))
+    return optax.chain(*parts)
+
+
+def _faster(updates: Any, ratio: float) -> Any:
+    """The updates with those of leaves 'b' and 'm' times `ratio`."""
+
+    def one(path, update):
+        return update * ratio if path[-1].key in ("b", "m") else update
+
+    return jax.tree_util.tree_map_with_path(one, updates)

@@ -23,11 +23,11 @@ import pyarrow.parquet
 from gemma_lora.config import flat
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import replace_file, write_text
+from gemma_lora.stats import bootstrap, interval, mcnemar, spearman, trend, wilson
 
 SPLITS = ("validation", "train_probe")
 MODEL = ("arch", "weights", "trainable_parameters", "base_parameters", "adapted_modules")
 RUN = ("status", "steps", "steps_planned", "steps_per_epoch", "tokens", "seconds", "examples")
-RESAMPLES = 10_000
 OUTLIERS, SHOWN = 10, 600  # how many examples; how many characters of each in Markdown
 INTERVAL_OF = "best - start, {}, 95 % paired bootstrap over examples"
 
@@ -68,7 +68,7 @@ are unweighted means over batches.
 
 $trl
 
-## Worst validation examples
+$classes## Worst validation examples
 By mean token loss at the best step. A mean over few tokens varies more, so short completions reach
 the top more easily: Spearman's rank correlation of tokens and loss is $length_spearman; the median
 example has $length_median tokens, the median of those below $length_median_worst.
@@ -89,10 +89,27 @@ examples grew by $generalisation_gap_growth. More epochs recommended: $more_epoc
 - Other tasks: no benchmark was run; neither transfer nor forgetting was measured.
 """)
 
+# Only where the rows have label words.
+CLASSES = string.Template("""## Class accuracy
+$accuracies
+
+- The share of examples whose own label word is the most probable of the label words, as the first
+  token of the answer. Intervals are Wilson's, 95 %, of the best eval.
+- Validation, start against best: $gained examples became right, $lost became wrong; exact McNemar
+  p $p: **$conclusion**.
+- At best, rows are the true labels, columns the predicted ones:
+
+$confusion
+
+""")
+
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """One eval: by split, the columns id, tokens, nll, nll_max, correct [examples], in id order."""
+    """One eval: by split, the columns of `_eval` [examples], in id order.
+
+    label_p is [examples, labels]: no labels, no columns.
+    """
 
     step: int
     rows: dict[str, dict[str, np.ndarray]]
@@ -100,6 +117,11 @@ class Eval:
     def mean(self, split: str, column: str) -> float:
         """Per token: 'nll' -> loss, 'correct' -> token accuracy."""
         return float(self.rows[split][column].sum() / self.rows[split]["tokens"].sum())
+
+    def right(self, split: str) -> np.ndarray:
+        """Per labelled example: is its own label the most probable one."""
+        label, p = (self.rows[split][k] for k in ("label", "label_p"))
+        return (p.argmax(-1) == label)[label >= 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +179,10 @@ def _table(path: pathlib.Path, columns: tuple[str, ...]) -> pyarrow.Table:
 
 
 def _eval(path: pathlib.Path, first: Eval | None) -> Eval:
-    table = _table(path, ("id", "split", "tokens", "nll", "nll_max", "correct")).sort_by("id")
-    columns = {k: table[k].to_numpy() for k in table.column_names}
+    names = ("id", "split", "tokens", "nll", "nll_max", "correct", "label", "label_p")
+    table = _table(path, names).sort_by("id")
+    columns = {k: table[k].to_numpy() for k in names[:-1]}
+    columns["label_p"] = np.array(table["label_p"].to_pylist(), float).reshape(len(table), -1)
     rows = {s: {k: v[columns["split"] == s] for k, v in columns.items()} for s in SPLITS}
     for split, found in rows.items():
         if not len(found["id"]) or found["tokens"].min() < 1:
@@ -167,62 +191,6 @@ def _eval(path: pathlib.Path, first: Eval | None) -> Eval:
             if not np.array_equal(found[name], first.rows[split][name]):
                 raise UserError(f"{path}: {split} {name} differ from those of eval_000000.parquet")
     return Eval(int(path.stem.removeprefix("eval_")), rows)
-
-
-def bootstrap(before: dict[str, np.ndarray], after: dict[str, np.ndarray], seed: int) -> np.ndarray:
-    """[RESAMPLES, 2]: after - before of loss and of token accuracy, each resample's own ratio.
-
-    A resample draws as many examples as there are, the same ones before and after (paired), and
-    weighs them by tokens. NaN for a single example, or where a loss is not finite.
-    """
-    deltas = [after[k] - before[k] for k in ("nll", "correct")]
-    columns = np.stack([*deltas, before["tokens"]], 1).astype(np.float64)
-    n = len(columns)
-    if n < 2 or not np.isfinite(columns).all():
-        return np.full((RESAMPLES, 2), np.nan)
-    rng, chunk, sums = np.random.default_rng(seed), 100, []
-    for _ in range(RESAMPLES // chunk):
-        drawn = rng.integers(n, size=(chunk, n)) + n * np.arange(chunk)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=chunk * n).reshape(chunk, n)
-        sums.append(weights @ columns)
-    total = np.concatenate(sums)
-    return total[:, :2] / total[:, 2:]
-
-
-def interval(draws: np.ndarray) -> list[float] | None:
-    """[lo, hi], the central 95 % of the draws; None where they are not finite."""
-    return np.quantile(draws, [0.025, 0.975]).tolist() if np.isfinite(draws).all() else None
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation, ties share their mean rank; NaN where one does not vary."""
-    ends = [[np.searchsorted(np.sort(v), v, side) for side in ("left", "right")] for v in (x, y)]
-    a, b = (sum(both) - np.mean(both) * 2 for both in ends)
-    scale = math.sqrt((a @ a) * (b @ b))
-    return float(a @ b / scale) if scale else math.nan
-
-
-def final_steps(steps: np.ndarray, losses: np.ndarray) -> dict[str, Any] | None:
-    """Trend of the last max(10, 20 %) steps with a finite loss; None with fewer than ten."""
-    steps, losses = steps[np.isfinite(losses)], losses[np.isfinite(losses)]
-    if len(steps) < 10:
-        return None
-    window = max(10, math.ceil(0.2 * len(steps)))
-    steps, losses = steps[-window:], losses[-window:]
-    x, y = steps - steps.mean(), losses - losses.mean()
-    slope = float(x @ y / (x @ x))
-    residual = y - slope * x
-    squares = residual @ residual
-    r = float(residual[1:] @ residual[:-1] / squares) if squares else 0.0
-    error = math.sqrt(squares / (window - 2) / (x @ x) * max(1.0, (1 + r) / (1 - r)))
-    half = error * (1.96 + 2.77 / (window - 2))  # Student's t at 97.5 %, within 1 % from 8 degrees
-    return {
-        "steps": [int(steps[0]), int(steps[-1])], "autocorrelation": r,
-        "reduction": float(-slope * (steps[-1] - steps[0])), "slope_per_100_steps": 100 * slope,
-        "interval": [100 * (slope - half), 100 * (slope + half)],
-        "method": "least squares; 95 % interval from the regression's standard error, widened by "
-        "sqrt((1 + r) / (1 - r)) where the residuals' lag-1 autocorrelation r is positive",
-    }  # fmt: skip
 
 
 def _more_epochs(w: Workdir) -> dict[str, Any]:
@@ -291,7 +259,7 @@ def build(workdir: pathlib.Path) -> dict[str, Any]:
             "growth": gap["best"] - gap["start"],
             "growth_interval": interval(draws["validation"][:, 0] - draws["train_probe"][:, 0]),
         },
-        "final_steps": final_steps(*w.train[:2]),
+        "final_steps": trend(*w.train[:2]),
         "more_epochs": _more_epochs(w),
         "outliers": [
             {"id": rows["id"][i], "loss": float(loss[i]),
@@ -312,7 +280,30 @@ def build(workdir: pathlib.Path) -> dict[str, Any]:
                 for name in ("eval_loss", "eval_mean_token_accuracy")
             },
         }
+        if (best.rows[s]["label"] >= 0).any():
+            report[s]["class_accuracy"] = _classes(points, s)
     return json.loads(json.dumps(report), parse_constant=lambda name: None)
+
+
+def _classes(points: dict[str, Eval], split: str) -> dict[str, Any]:
+    """Class accuracy of a split at each point, and the change from start to best, tested."""
+    start, best = points["start"].right(split), points["best"].right(split)
+    label, p = (points["best"].rows[split][k] for k in ("label", "label_p"))
+    confusion = np.zeros((p.shape[1],) * 2, int)
+    np.add.at(confusion, (label[label >= 0], p[label >= 0].argmax(-1)), 1)
+    chance = mcnemar(start, best)
+    change = "rose" if best.sum() > start.sum() else "fell"
+    return {
+        **{k: float(e.right(split).mean()) for k, e in points.items()},
+        "interval": wilson(best),
+        "gained": int((best & ~start).sum()),
+        "lost": int((start & ~best).sum()),
+        "p": chance,
+        "conclusion": f"{change}, p < 0.05"
+        if chance < 0.05
+        else "no change that this set can show",
+        "confusion": confusion.tolist(),
+    }
 
 
 def show(x: Any) -> str:
@@ -343,12 +334,23 @@ def markdown(report: dict[str, Any]) -> str:
         numbers = ", ".join(f"{k} {show(v)}" for k, v in x.items() if k not in ("id", "text"))
         return f"**{x['id']}**: {numbers}\n\n{fence}text\n{text}\n{fence}"
 
+    classes = ""
+    if found := report["validation"].get("class_accuracy"):
+        labels = report["config"]["data"]["labels"]
+        table = [["", *labels], ["---"] * (1 + len(labels))]
+        table += [[k, *row] for k, row in zip(labels, found["confusion"], strict=True)]
+        classes = CLASSES.substitute(
+            {k: show(v) for k, v in found.items()}
+            | {"accuracies": compared("class_accuracy", more=("interval",))}
+            | {"confusion": "\n".join(map(line, table))}
+        )
     shown = {k.replace(".", "_"): show(v) for k, v in values.items()}
     parts = ("run.", "model.", "data", "evaluated.", "config.")
     overview = [line([k, json.dumps(v)]) for k, v in values.items() if k.startswith(parts)]
     return MARKDOWN.substitute(
         collections.defaultdict(lambda: "n/a", shown),  # there may be no final_steps
         overview="\n".join(overview),
+        classes=classes,
         losses=compared("loss", more=("decrease_pct", "interval", "conclusion")),
         accuracies=compared("token_accuracy", more=("interval", "conclusion")),
         trl=compared("trl_compat.eval_loss", "trl_compat.eval_mean_token_accuracy"),

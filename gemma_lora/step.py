@@ -7,13 +7,16 @@ respect to `lora` alone, so frozen weights have neither gradient nor optimizer s
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from gemma_lora.loss import TokenStats, token_stats
-from gemma_lora.model import Transformer, head_weight
+from gemma_lora.model import Transformer, head_weight, logits
+from gemma_lora.sharding import replicated, tree_shardings
 
 Batch = dict[str, jax.Array]  # the arrays of data.dataset.Batch
 
@@ -27,10 +30,36 @@ class State:
     opt_state: Any
 
 
-def forward(
-    model: Transformer, chunk: int, base: Any, lora: Any, batch: Batch, rng: jax.Array | None
-) -> TokenStats:
-    """Statistics [B,C] of the batch's loss positions; dropout is on when an rng is given."""
+def init_state(
+    model: Transformer, tx: optax.GradientTransformation, seed: int, mesh: Mesh
+) -> State:
+    """Step 0: A random, B zero, on their shardings from the start."""
+    shardings = tree_shardings(model.abstract()["lora"], mesh)
+
+    def init(key: jax.Array) -> State:
+        token = jnp.zeros((1, 1), jnp.int32)
+        lora = nn.unbox(model.init(key, token, token, token)["lora"])
+        return State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
+
+    key = jax.random.key(seed)
+    of_optimizer = optax.tree_utils.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(init, key).opt_state,
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    out = State(replicated(mesh), shardings, of_optimizer)
+    return jax.jit(init, out_shardings=out)(key)
+
+
+def loss_hidden(
+    model: Transformer, base: Any, lora: Any, batch: Batch, rng: jax.Array | None
+) -> jax.Array:
+    """Final hidden states [B,C,D] at the batch's loss positions.
+
+    The head runs only where there is loss: C of T positions. Dropout is on when an rng is given.
+    """
     hidden = model.apply(
         {"params": base, "lora": lora},
         batch["tokens"],
@@ -38,8 +67,14 @@ def forward(
         batch["positions"],
         rngs=None if rng is None else {"dropout": rng},
     )
-    # The head runs only where there is loss: C of T positions.
-    hidden = jnp.take_along_axis(hidden, batch["loss_pos"][..., None], axis=1)
+    return jnp.take_along_axis(hidden, batch["loss_pos"][..., None], axis=1)
+
+
+def forward(
+    model: Transformer, chunk: int, base: Any, lora: Any, batch: Batch, rng: jax.Array | None
+) -> TokenStats:
+    """Statistics [B,C] of the batch's loss positions."""
+    hidden = loss_hidden(model, base, lora, batch, rng)
     head = head_weight(base, model.arch)
     return token_stats(hidden, batch["targets"], head, model.arch.final_softcap, chunk)
 
@@ -90,10 +125,22 @@ def make_train_step(
     return step
 
 
-def make_eval_step(model: Transformer, chunk: int) -> Callable[[Any, Any, Batch], TokenStats]:
-    """step(lora, base, batch) -> TokenStats [B,C], dropout off."""
+def make_eval_step(
+    model: Transformer, chunk: int, label_tokens: tuple[int, ...] = ()
+) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
+    """step(lora, base, batch) -> nll, correct, margin, el2n [B,C], dropout off.
+
+    With label_tokens also label_logits [B,C,len(label_tokens)], the logits of these tokens alone.
+    """
 
     def step(lora, base, batch):
-        return forward(model, chunk, base, lora, batch, None)
+        hidden = loss_hidden(model, base, lora, batch, None)
+        head = head_weight(base, model.arch)
+        stats = token_stats(hidden, batch["targets"], head, model.arch.final_softcap, chunk)
+        out = {k: getattr(stats, k) for k in ("nll", "correct", "margin", "el2n")}
+        if label_tokens:
+            words = jnp.take(head, jnp.asarray(label_tokens), axis=0)
+            out["label_logits"] = logits(hidden, words, model.arch, model.dtype)
+        return out
 
     return step

@@ -17,7 +17,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 
 from gemma_lora import config as configs
@@ -26,8 +25,8 @@ from gemma_lora.checkpoint import Checkpoints
 from gemma_lora.data.pipeline import describe, load_data
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import write_text
-from gemma_lora.lora import LoRAConfig, check_targets, count
-from gemma_lora.metrics import Metrics, Phases, Timer, banner, clock, finite, say
+from gemma_lora.lora import LoRAConfig, check_targets, count, from_base, on_original_base
+from gemma_lora.metrics import Metrics, Phases, Timer, banner, clock, finite, peak_memory, say
 from gemma_lora.optim import optimizer, schedule
 from gemma_lora.sharding import (
     batch_sharding,
@@ -35,9 +34,8 @@ from gemma_lora.sharding import (
     make_mesh,
     replicated,
     to_global,
-    tree_shardings,
 )
-from gemma_lora.step import State, make_eval_step, make_train_step
+from gemma_lora.step import init_state, make_eval_step, make_train_step
 from gemma_lora.weights import peft
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
 from gemma_lora.workdir import claim, forget_after, require_space
@@ -80,10 +78,12 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         {
             "arch": f"{name}: {count(abstract['params']):,} frozen parameters",
             "weights": f"{config.weights}. {pretrained.notice}".rstrip(". "),
-            "adapters": f"{count(abstract['lora']):,} trainable parameters; r {wrap.rank}, "
-            f"scale {wrap.scale:g}, dropout {wrap.dropout:g}",
+            "adapters": f"{count(abstract['lora']):,} trainable parameters; "
+            f"{wrap.variant}, r {wrap.rank}, scale {wrap.scale:g}, dropout {wrap.dropout:g}, "
+            f"init {wrap.init}",
             "adapted": ", ".join(adapted),
-            "dtype": f"{config.dtype}, adapters float32; remat {config.remat}",
+            "dtype": f"{config.dtype}, base matrices {config.quantize or config.dtype}, adapters "
+            f"float32; remat {config.remat}",
             "devices": f"{device}, mesh {', '.join(f'{a}={n}' for a, n in mesh.shape.items())}; "
             f"jax {versions['jax']}",
         },
@@ -104,7 +104,12 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     say("\n   loading the weights and compiling ...")
     with mark("load weights"):
         base = jax.block_until_ready(load_base(pretrained, model, mesh))
-    state = _init_state(config, model, abstract, tx, mesh)
+    state = init_state(model, tx, config.seed, mesh)
+    initial = None
+    if wrap.reads_base:
+        # Also where a run continues: the base that PiSSA leaves is made anew from the given one.
+        base, initial = _from_base(wrap, base, state.lora)
+        state = state.replace(lora=jax.tree.map(jnp.copy, initial))
     checkpoints = Checkpoints(workdir / "checkpoints")
     notes: dict[str, Any] = {
         "data": train_set.fingerprint() + validation.fingerprint(),
@@ -133,7 +138,8 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         )
         train_step = train_step.lower(state, base, sample).compile()
         eval_step = jax.jit(
-            make_eval_step(model, config.vocab_chunk), out_shardings=batch_sharding(mesh)
+            make_eval_step(model, config.vocab_chunk, train_set.label_tokens),
+            out_shardings=batch_sharding(mesh),
         )
         eval_step = eval_step.lower(state.lora, base, sample).compile()
     memory = train_step.memory_analysis()
@@ -172,12 +178,12 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     def at(step: int) -> str:
         return f"{step:>{len(str(total))}}/{total}"
 
-    def save_run(status: str, step: int, **more: Any) -> None:
+    def save_run(status: str, step: int) -> None:
         run.update(
             {k: notes[k] for k in ("best_step", "best_loss", "seconds", "tokens", "loss_tokens")},
             status=status,
             steps=step,
-            **more,
+            peak_memory=peak_memory(),
         )
         if jax.process_index() == 0:
             write_text(workdir / "run.json", json.dumps(finite(run), indent=2) + "\n")
@@ -201,12 +207,14 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
             notes["bad_evals"] += 1
         notes["seconds"] = timer.total()
         flat = {f"{s}/{k}": v for s, m in found.items() for k, v in m.items()}
+        classes = found["validation"].get("class_accuracy")
         metrics.write(
             {"kind": "eval", "step": step, "epoch": step / steps_per_epoch, **flat,
              "seconds": notes["seconds"]},
             f"eval {at(step)}  validation loss {loss:.4f}  "
             f"acc {found['validation']['token_accuracy']:.4f}  "
-            f"train-probe loss {found['train_probe']['loss']:.4f}  "
+            + (f"class acc {classes:.4f}  " if classes is not None else "")
+            + f"train-probe loss {found['train_probe']['loss']:.4f}  "
             + ("best" if better else f"{notes['bad_evals']} without a better one"),
         )  # fmt: skip
         if bad:
@@ -296,10 +304,11 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         checkpoints = Checkpoints(workdir / "checkpoints")
         state = checkpoints.restore(best, state)[0]
         checkpoints.close()
+        exported, lora = on_original_base(wrap, state.lora, initial)
         # Whole on every process, so that the first one can write all of it.
-        lora = jax.jit(lambda x: x, out_shardings=replicated(mesh))(state.lora)
+        lora = jax.jit(lambda x: x, out_shardings=replicated(mesh))(lora)
         if jax.process_index() == 0:
-            peft.export(workdir / "adapter", lora, wrap, arch, pretrained.base_name)
+            peft.export(workdir / "adapter", lora, exported, arch, pretrained.base_name)
     written = report.write(workdir) if jax.process_index() == 0 else {}
     if status == "nan":
         ids = run["nan"]["ids"]
@@ -316,6 +325,11 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
                 "validation loss": "{start:.4f} -> {best:.4f}: {conclusion}".format(
                     **written["validation"]["loss"]
                 ),
+                "peak memory": ", ".join(
+                    f"{n / 2**30:.2f} GiB on the {where}"
+                    for where, n in run["peak_memory"].items()
+                    if n is not None
+                ),
                 "adapter": f"{workdir / 'adapter'} (PEFT format), of step {best}",
                 "report": workdir / "report.md",
             },
@@ -323,25 +337,13 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     return written
 
 
-def _init_state(config: Any, model: Any, abstract: Any, tx: Any, mesh: Any) -> State:
-    """Step 0: A random, B zero, on their shardings from the start."""
-    lora_shardings = tree_shardings(abstract["lora"], mesh)
-
-    def init(key: jax.Array) -> State:
-        token = jnp.zeros((1, 1), jnp.int32)
-        lora = nn.unbox(model.init(key, token, token, token)["lora"])
-        return State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
-
-    key = jax.random.key(config.seed)
-    opt_shardings = optax.tree_utils.tree_map_params(
-        tx,
-        lambda _, sharding: sharding,
-        jax.eval_shape(init, key).opt_state,
-        lora_shardings,
-        transform_non_params=lambda _: replicated(mesh),
+def _from_base(wrap: LoRAConfig, base: Any, lora: Any) -> tuple[Any, Any]:
+    """lora.from_base in place: what it changes keeps its sharding, and no second model is held."""
+    where = jax.tree.map(lambda x: x.sharding, (base, lora))
+    run = jax.jit(
+        lambda *trees: from_base(wrap, *trees), donate_argnums=(0, 1), out_shardings=where
     )
-    out = State(replicated(mesh), lora_shardings, opt_shardings)
-    return jax.jit(init, out_shardings=out)(key)
+    return run(base, lora)
 
 
 def _patience_over(notes: dict[str, Any], config: Any) -> bool:

@@ -16,6 +16,7 @@ import tiny
 
 from gemma_lora.arch import Arch
 from gemma_lora.data.dataset import Example
+from gemma_lora.lora import from_base
 from gemma_lora.model import Transformer, head_weight, logits, no_wrap
 from gemma_lora.sharding import make_mesh, tree_shardings
 from gemma_lora.step import Batch
@@ -49,10 +50,10 @@ def tiny_arch(name: str) -> Arch:
 
 
 @functools.cache
-def tiny_params(name: str) -> dict[str, Any]:
+def tiny_params(name: str, quantize: str = "") -> dict[str, Any]:
     """The base weights of TINY[name], through our safetensors reader and mapping, float32."""
     arch = tiny_arch(name)
-    boxed = Transformer(arch).abstract()["params"]
+    boxed = Transformer(arch, quantize=quantize).abstract()["params"]
     shardings = tree_shardings(boxed, one_device())
     with tempfile.TemporaryDirectory() as directory:
         tensors = Safetensors(tiny.write_tiny(name, directory))
@@ -65,8 +66,26 @@ def tiny_model(name: str, wrap=no_wrap, **kwargs) -> tuple[Transformer, dict[str
 
 def adapter(name: str, rank: int = 4, **kwargs) -> dict[str, Any]:
     """tiny.init_adapter on our tree."""
-    tensors = tiny.init_adapter(tiny.TINY[name], rank, **kwargs)
-    return peft.from_tensors(tensors, tiny_arch(name), rank)
+    return on_our_tree(tiny.init_adapter(tiny.TINY[name], rank, **kwargs), tiny_arch(name))
+
+
+def on_our_tree(tensors: dict[str, np.ndarray], arch: Arch) -> dict[str, Any]:
+    """PEFT's tensors of all linear modules, of one rank."""
+    settings = tiny.settings_of("lora", r=len(next(iter(tensors.values()))))
+    return peft.from_tensors(tensors, settings, arch)[1]
+
+
+def random_adapter(model: Transformer, params: dict[str, Any], size: float = 0.2) -> Any:
+    """Every leaf of the model's adapters at random; DoRA's m near the norms of the base."""
+    rng = np.random.default_rng(0)
+    shapes = nn.unbox(model.abstract()["lora"])
+    start = jax.tree.map(lambda x: jnp.asarray(rng.uniform(-size, size, x.shape), x.dtype), shapes)
+    _, lora = jax.jit(functools.partial(from_base, model.wrap))(params, start)
+
+    def near(path, leaf, noise):
+        return leaf * (1 + noise) if path[-1].key == "m" else leaf
+
+    return jax.tree_util.tree_map_with_path(near, lora, start)
 
 
 def batch_of(tokens: np.ndarray, mask: np.ndarray, slots: int | None = None) -> Batch:
@@ -92,16 +111,19 @@ def batch_of(tokens: np.ndarray, mask: np.ndarray, slots: int | None = None) -> 
 
 def all_logits(model: Transformer, params: Any, lora: Any, tokens: np.ndarray) -> np.ndarray:
     """[B,T] ids -> [B,T,V] float32 logits of one whole segment a row."""
-    tokens = jnp.asarray(tokens)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return np.asarray(_logits_of(model)(params, lora, jnp.asarray(tokens)))
 
+
+@functools.cache
+def _logits_of(model: Transformer):
     @jax.jit
-    def run(params, lora):
+    def run(params, lora, tokens):
         variables = {"params": params, "lora": lora}
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         hidden = model.apply(variables, tokens, jnp.ones_like(tokens), positions)
         return logits(hidden, head_weight(params, model.arch), model.arch, model.dtype)
 
-    return np.asarray(run(params, lora))
+    return run
 
 
 def examples(lengths: list[int], loss_from: list[int], vocab: int = 128) -> list[Example]:

@@ -39,6 +39,22 @@ def tiny_golden(name: str) -> reference.Values:
     return golden | ({k: lora[k] for k in adapter} if name in WITH_GRADS else {})
 
 
+def adapters_golden() -> reference.Values:
+    """Logits, loss and one layer's gradients of the other adapters, for two families."""
+    tokens = tiny.tokens()
+    mask = tiny.loss_mask(tokens.shape)
+    golden = {}
+    for which, name in tiny.ADAPTED:
+        settings = tiny.settings_of(which)
+        adapter = tiny.init_adapter(tiny.TINY[name], settings["r"], **settings)
+        golden[f"{which}/{name}/inputs"] = _checksum(tiny.tiny_weights(name), adapter, tokens, mask)
+        found = reference.lora_grads(name, adapter, tokens, mask, **settings)
+        kept = ["loss", *(k for k in adapter if ".layers.1." in k)]
+        golden |= {f"{which}/{name}/{k}": found[k] for k in kept}
+        golden[f"{which}/{name}/logits"] = found["logits"][:, ::4]
+    return golden
+
+
 def trajectory_golden() -> reference.Values:
     """Twenty PEFT steps on tiny gemma3 from B = 0: losses, gradient norms, final A and B."""
     adapter = tiny.init_adapter(tiny.TINY["gemma3"], rank=4, zero_b=True)
@@ -77,7 +93,7 @@ def real_golden(whole: bool = False) -> reference.Values:
 
     adapter = tiny.init_adapter(tiny.GEMMA3_270M, rank=8, zero_b=True)
     tokens, mask = tiny.text_batches(long[0])
-    run = reference.train(base, adapter, tokens, mask, lr=2e-4, rank=8, alpha=16.0)
+    run = reference.train(base, adapter, tokens, mask, lr=2e-4, r=8, lora_alpha=16.0)
     kept = [key for key in adapter if whole or any(f"{name}." in key for name in KEPT_MODULES)]
     return golden | {
         "train_inputs": _checksum(adapter, tokens, mask),
@@ -104,6 +120,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     for name in tiny.TINY:
         _write(name, tiny_golden(name))
+    _write("adapters", adapters_golden())
     _write("trajectory", trajectory_golden())
     _write("real", real_golden())
 

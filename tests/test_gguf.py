@@ -1,6 +1,8 @@
-"""GGUF files written by the gguf package read back; damaged ones and the demo file's cache."""
+"""GGUF files written by the gguf package: read back, as models of every family; the demo file."""
 
 import builtins
+import dataclasses
+import functools
 import hashlib
 import importlib.machinery
 import sys
@@ -10,11 +12,16 @@ import types
 import common
 import numpy as np
 import pytest
+from loading import load, load_dir, message
+from tiny import TINY, tiny_weights, write_tiny
 
+from gemma_lora.arch import ARCHS, Arch
 from gemma_lora.errors import UserError
 from gemma_lora.files import cache_dir, sha256
 from gemma_lora.weights import gguf as module
+from gemma_lora.weights import mapping
 from gemma_lora.weights.gguf import GGUFFile, demo_path, metadata
+from gemma_lora.weights.pretrained import open_weights
 
 gguf = common.needs("gguf")
 
@@ -230,3 +237,133 @@ def test_demo_file():
         got = file.read(name)
         assert got.shape == file.shape(name)
         assert got.dtype == np.float32 and np.isfinite(got).all()
+
+
+# ---- models ---------------------------------------------------------------------------------
+
+
+def write_model(path, arch, tensors, kind="", **changes):
+    """What llama.cpp's convert_hf_to_gguf.py writes: the family's facts, and these tensors."""
+    kind = kind or arch.family.removesuffix("_text")
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_block_count(arch.layers)
+    writer.add_embedding_length(arch.embed)
+    writer.add_feed_forward_length(changes.get("hidden", arch.hidden))
+    writer.add_head_count(arch.heads)
+    writer.add_head_count_kv(arch.kv_heads)
+    writer.add_layer_norm_rms_eps(arch.eps)
+    if kind != "qwen2" or arch.heads * arch.head_dim != arch.embed:
+        writer.add_key_length(arch.head_dim)
+        writer.add_value_length(arch.head_dim)
+    if arch.window:
+        writer.add_sliding_window(arch.window)
+    if arch.attn_softcap:
+        writer.add_attn_logit_softcapping(arch.attn_softcap)
+        writer.add_final_logit_softcapping(arch.final_softcap)
+    if kind in ("gemma3", "qwen2"):
+        writer.add_rope_freq_base(arch.rope_base)
+    if arch.rope_factor != 1:
+        writer.add_rope_scaling_type(changes.get("rope", gguf.RopeScalingType.LINEAR))
+        writer.add_rope_scaling_factor(arch.rope_factor)
+    for name, (array, dtype) in tensors.items():
+        array = gguf.quants.quantize(array, dtype)
+        writer.add_tensor(name, array, raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+@functools.cache
+def names(family):
+    kind = getattr(gguf.MODEL_ARCH, family.removesuffix("_text").upper())
+    return gguf.get_tensor_name_map(kind, 8)
+
+
+def name_of(family, name):
+    """llama.cpp's name of a tensor, from the gguf package's own table."""
+    return names(family).get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+def write_tiny_gguf(path, name, dtype="F32", **changes):
+    """TINY[name] under llama.cpp's names, with 1 added to Gemma's norms."""
+    arch, tensors = Arch.from_hf(TINY[name]), {}
+    for theirs, w in tiny_weights(name).items():
+        kind = gguf.GGMLQuantizationType[dtype if w.ndim == 2 else "F32"]
+        one = np.float32("norm" in theirs and arch.norm_plus_one)
+        tensors[name_of(arch.family, theirs)] = (w + one, kind)
+    return write_model(path, arch, tensors, **changes)
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    for name in TINY:
+        monkeypatch.setitem(ARCHS, f"tiny_{name}", Arch.from_hf(TINY[name]))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_model_loads_as_from_safetensors(tmp_path, listed, name):
+    want = load_dir(write_tiny(name, tmp_path))
+    opened = open_weights(write_tiny_gguf(tmp_path / "tiny.gguf", name), "auto")
+    assert opened.arch == Arch.from_hf(TINY[name])
+    got = load(opened)
+    assert got.keys() == want.keys()
+    for path, x in want.items():
+        # (w + 1) - 1 is w but for its last bits.
+        rounding = 3e-7 if path.endswith("/scale") and opened.arch.norm_plus_one else 0
+        np.testing.assert_allclose(got[path], x, rtol=0, atol=rounding, err_msg=path)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "Q8_0"])
+def test_a_quantised_model(tmp_path, listed, dtype):
+    opened = open_weights(write_tiny_gguf(tmp_path / "tiny.gguf", "gemma2", dtype), "tiny_gemma2")
+    kind = gguf.GGMLQuantizationType[dtype]
+    w = tiny_weights("gemma2")["model.layers.2.mlp.down_proj.weight"]
+    want = gguf.quants.dequantize(gguf.quants.quantize(w, kind), kind)
+    got = load(opened)["layers/mlp/down_proj/w"][2]
+    np.testing.assert_array_equal(got, want.T)
+    assert 0 < np.max(np.abs(got - w.T)) < 0.01
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_the_metadata_tell_the_arch(tmp_path, name):
+    """query_scale, which they do not state, comes from the list of models."""
+    arch, f32 = ARCHS[name], gguf.GGMLQuantizationType.F32
+    words = np.zeros((8, 8), np.float32)
+    tensors = {"token_embd.weight": (words, f32)}
+    if not arch.tied:
+        tensors["output.weight"] = (words, f32)
+    path = write_model(tmp_path / "x.gguf", arch, tensors)
+    for given in ("auto", name):
+        assert open_weights(path, given).arch == dataclasses.replace(arch, vocab=8)
+
+
+def test_a_model_that_is_not_listed(tmp_path):
+    opened = open_weights(write_tiny_gguf(tmp_path / "tiny.gguf", "gemma2"), "auto")
+    want = Arch.from_hf(TINY["gemma2"])
+    assert opened.arch == dataclasses.replace(want, query_scale=16.0)  # as llama.cpp takes it
+
+
+def test_another_model_than_the_arch_says(tmp_path, listed):
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", "gemma3")
+    text = message(open_weights, path, "gemma2_2b")
+    assert "family is gemma3_text, arch says gemma2" in text
+    text = message(open_weights, path, "gemma3_1b")
+    assert "embed is 32, arch says 1152" in text and "heads" not in text.split("embed")[0]
+    path = write_tiny_gguf(tmp_path / "wide.gguf", "gemma3", hidden=65)
+    assert "hidden is 65, arch says 64" in message(open_weights, path, "tiny_gemma3")
+    path = write_tiny_gguf(tmp_path / "llama.gguf", "gemma3", kind="llama")
+    assert "holds a llama model, (valid: gemma, gemma2" in message(open_weights, path, "auto")
+    yarn = gguf.RopeScalingType.YARN
+    path = write_tiny_gguf(tmp_path / "yarn.gguf", "gemma3_rope8", rope=yarn)
+    assert "RoPE type 'yarn' is not supported" in message(open_weights, path, "auto")
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3", "qwen2_untied"])
+def test_names_are_llama_cpps(name):
+    """Our column of names against the gguf package's own table."""
+    arch = Arch.from_hf(TINY[name])
+    theirs = mapping.names(arch, "gguf")
+    for ours, hf in mapping.names(arch, "hf").items():
+        assert name_of(arch.family, hf.format(i=3)) == theirs[ours].format(i=3)

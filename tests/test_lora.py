@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
+from gemma_lora.adapters import LoRA
 from gemma_lora.arch import ARCHS
 from gemma_lora.errors import UserError
 from gemma_lora.layers import Einsum
-from gemma_lora.lora import LoRA, LoRAConfig, check_targets, count, merge
+from gemma_lora.lora import LoRAConfig, check_targets, count, merge
 from gemma_lora.model import Transformer
 from gemma_lora.step import forward
 from gemma_lora.weights.mapping import flatten
@@ -42,7 +43,7 @@ def test_merged_equals_unmerged(rslora):
     base, _ = common.tiny_model(NAME)
     lora = common.adapter(NAME)
     want = common.all_logits(tuned, params, lora, tiny.tokens())
-    got = common.all_logits(base, merge(params, lora, wrap.scale), {}, tiny.tokens())
+    got = common.all_logits(base, merge(params, lora, wrap), {}, tiny.tokens())
     assert np.max(np.abs(got - want)) < 1e-4
     plain = common.all_logits(base, params, {}, tiny.tokens())
     assert np.max(np.abs(plain - want)) > 0.1
@@ -224,6 +225,13 @@ def test_targets_that_match_nothing_name_what_exists():
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"targets": "q_proj("}, "no regular expression"),
+        ({"variant": "dorra"}, "variant 'dorra' is unknown, did you mean dora"),
+        ({"init": "pisa"}, "init 'pisa' is unknown, did you mean pissa"),
+        ({"rank_pattern": [("q_proj", 0)]}, r"rank_pattern of 'q_proj' is 0, .* at least 1"),
+        ({"rank_pattern": [("q_proj", 4.0)]}, r"is 4.0, expected a whole number"),
+        ({"rank_pattern": ("q_proj", 4)}, r"expected \(\(regular expression, number\)"),
+        ({"alpha_pattern": [("q_proj(", 4)]}, r"alpha_pattern is .*expected \(\(regular"),
+        ({"alpha_pattern": [("q_proj", "4")]}, "is '4', expected a positive number"),
     ],
 )
 def test_bad_settings(settings, message):

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gemma_lora import config, report
+from gemma_lora import config, report, stats
 from gemma_lora.errors import UserError
 
 N = 40  # examples of each split
@@ -40,6 +40,8 @@ def table(split: str, step: int, tokens, nll, correct=None) -> dict[str, np.ndar
         "correct": tokens // 2 if correct is None else np.asarray(correct),
         "margin": np.zeros(n),
         "el2n": np.zeros(n),
+        "label": np.full(n, -1),
+        "label_p": np.zeros((n, 0)),
     }
 
 
@@ -49,7 +51,10 @@ def put_eval(workdir: pathlib.Path, step: int, parts: list[dict]) -> None:
     order = np.random.default_rng(step).permutation(len(columns["id"]))
     path = workdir / "ledger" / f"eval_{step:06d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table({k: v[order] for k, v in columns.items()}), path)
+    columns = {k: v[order] for k, v in columns.items()} | {
+        "label_p": list(columns["label_p"][order])
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
 def put_rest(workdir, texts, evals, train, status="finished", schedule="linear", **run) -> None:
@@ -159,16 +164,16 @@ def test_interval_agrees_with_a_direct_bootstrap():
     tokens = rng.integers(1, 50, 30)
     before, after = (table("validation", s, tokens, tokens * rng.random(30)) for s in (0, 1))
     after["correct"] = before["correct"] + rng.integers(0, 2, 30)
-    draws = report.bootstrap(before, after, 0)
+    draws = stats.bootstrap(before, after, 0)
     assert draws.shape == (10_000, 2)
-    assert np.array_equal(draws, report.bootstrap(before, after, 0))
+    assert np.array_equal(draws, stats.bootstrap(before, after, 0))
     direct = []
     for _ in range(10_000):
         i = rng.integers(30, size=30)
         total = tokens[i].sum()
         direct.append([(after[k][i] - before[k][i]).sum() / total for k in ("nll", "correct")])
     for column, slow in zip(draws.T, np.array(direct).T, strict=True):
-        lo, hi = report.interval(column)
+        lo, hi = stats.interval(column)
         assert np.allclose([lo, hi], np.quantile(slow, [0.025, 0.975]), atol=0.06 * (hi - lo))
         assert column.mean() == pytest.approx(slow.mean(), abs=0.02 * (hi - lo))
 
@@ -181,7 +186,7 @@ def test_interval_is_paired_and_covers_the_true_difference():
         nll = tokens * rng.uniform(0.5, 4, 60)
         after = nll + tokens * rng.normal(-0.1, 0.05, 60)
         rows = [table("validation", 0, tokens, x) for x in (nll, after)]
-        lo, hi = report.interval(report.bootstrap(*rows, 0)[:, 0])
+        lo, hi = stats.interval(stats.bootstrap(*rows, 0)[:, 0])
         covered += lo < -0.1 < hi
         widths.append(hi - lo)
     assert 88 <= covered <= 100
@@ -207,21 +212,21 @@ def test_no_change_is_said_to_be_none(tmp_path):
     ],
 )
 def test_spearman(x, y, expected):
-    assert report.spearman(np.array(x), np.array(y)) == pytest.approx(expected, nan_ok=True)
+    assert stats.spearman(np.array(x), np.array(y)) == pytest.approx(expected, nan_ok=True)
 
 
 def test_final_steps_slope_window_and_interval():
     steps = np.arange(1.0, 101)
     line = np.where(steps <= 80, 7.0, 3 - 0.01 * steps)  # the last 20 % alone are on a line
-    found = report.final_steps(steps, line)
+    found = stats.trend(steps, line)
     assert found["steps"] == [81, 100]
     assert found["slope_per_100_steps"] == pytest.approx(-1)
     assert found["interval"] == pytest.approx([-1, -1])
     assert found["reduction"] == pytest.approx(0.19)
-    assert report.final_steps(steps[:20], line[:20])["steps"] == [11, 20]
-    assert report.final_steps(steps[:9], line[:9]) is None
+    assert stats.trend(steps[:20], line[:20])["steps"] == [11, 20]
+    assert stats.trend(steps[:9], line[:9]) is None
     for y, together in ((np.tile([1.0, 2.0, 1.5], 4), False), (np.sin(np.arange(12) / 2), True)):
-        found = report.final_steps(np.arange(12.0), y)
+        found = stats.trend(np.arange(12.0), y)
         r, half = found["autocorrelation"], np.ptp(found["interval"]) / 200
         assert (r > 0) == together
         # The last ten points by hand: sum of squares of x 82.5, t at 8 degrees of freedom 2.306.
@@ -325,6 +330,44 @@ def test_not_finite_numbers_become_null(tmp_path):
 def test_every_loss_not_finite(tmp_path):
     r = report.write(make(tmp_path, losses=(math.nan,) * 2, probe=(math.nan,) * 2, status="nan"))
     assert r["validation"]["loss"]["start"] is None and r["validation"]["loss"]["interval"] is None
+
+
+def test_class_accuracy(tmp_path):
+    """20 examples of 3 labels: the first 8 are right at start, the last 15 at best."""
+    labels = np.arange(20) % 3
+    right = {0: np.arange(20) < 8, 20: np.arange(20) >= 5}
+    workdir = make(tmp_path, losses=(2.0, 1.0), probe=(2.0, 1.0), n=20)
+    for step, mask in right.items():
+        tokens = np.full(20, 4)
+        part = table("validation", step, tokens, tokens * (2.0 if step == 0 else 1.0))
+        guess = np.where(mask, labels, (labels + 1) % 3)
+        part |= {"label": labels, "label_p": 0.2 + 0.4 * np.eye(3)[guess]}
+        put_eval(workdir, step, [part, part | {"split": np.array(["train_probe"] * 20, object)}])
+    c = json.loads((workdir / "config.json").read_text())
+    c["data"]["labels"] = ["bad", "fair", "good"]
+    (workdir / "config.json").write_text(json.dumps(c))
+    found = report.build(workdir)["validation"]["class_accuracy"]
+    assert (found["start"], found["best"], found["gained"], found["lost"]) == (0.4, 0.75, 12, 5)
+    # McNemar: 5 or fewer, or 12 or more, of 17 fair coins.
+    p = 2 * sum(math.comb(17, i) for i in range(6)) / 2**17
+    assert found["p"] == pytest.approx(p) and p > 0.05
+    assert found["conclusion"] == "no change that this set can show"
+    # Wilson's interval of 15 of 20 by its formula.
+    z, share, n = 1.959964, 0.75, 20
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    assert found["interval"] == pytest.approx([middle - half, middle + half])
+    wrong = labels[:5]
+    expected = np.diag(np.bincount(labels[5:])) + np.array(
+        [[np.sum((wrong == i) & ((wrong + 1) % 3 == j)) for j in range(3)] for i in range(3)]
+    )
+    assert found["confusion"] == expected.tolist()
+    report.write(workdir)
+    text = (workdir / "report.md").read_text()
+    assert (
+        "## Class accuracy" in text and f"| bad | {expected[0, 0]} | {expected[0, 1]} | 0 |" in text
+    )
+    assert "12 examples became right, 5 became wrong" in text
 
 
 def test_single_example(tmp_path):

@@ -1,6 +1,7 @@
-"""Rows from every source, and the text that templates make of them."""
+"""Rows from every source."""
 
 import json
+import types
 
 import numpy as np
 import pyarrow
@@ -8,7 +9,6 @@ import pyarrow.parquet
 import pytest
 
 from gemma_lora.data import generated, sources
-from gemma_lora.data.templates import TEMPLATES, choose, render
 from gemma_lora.errors import UserError
 
 ROWS = [
@@ -179,8 +179,6 @@ def test_tfds_rows(prepared):
         "sums-test-000000",
         "sums-test-000001",
     ]
-    text, _ = render(choose("", rows[0], "sums"), rows[0], (), "sums")
-    assert text == f"Question: {rows[0]['question']}\nAnswer: {rows[0]['answer']}"
 
 
 def test_tfds_errors(prepared):
@@ -201,63 +199,32 @@ def test_tfds_knows_its_older_builders(prepared, monkeypatch):
     assert "no network for gsm8k" in message(sources.read, "tfds:gsm8k", "", 0)
 
 
-# ---- templates ------------------------------------------------------------------------------
+@pytest.mark.parametrize("argument", ["o/sums", "o/sums/train", "o/sums/default/train"])
+def test_tfds_of_the_hub(argument, tmp_path, monkeypatch):
+    """tfds converts what the datasets library reads; only the two calls to the hub are replaced."""
+    import datasets
+    import huggingface_hub
+    import tensorflow_datasets as tfds
+
+    rows = [{"instruction": f"i{i}", "input": "", "output": f"é{i}"} for i in range(3)]
+    (tmp_path / "o" / "sums").mkdir(parents=True)
+    write_jsonl(tmp_path / "o" / "sums" / "train.jsonl", rows)
+    real, asked = datasets.load_dataset_builder, []
+
+    def local(repository, config):
+        asked.append((repository, config))
+        return real(str(tmp_path / repository), config, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", local)
+    info = types.SimpleNamespace(gated=False, card_data=None, tags=[], license="MIT")
+    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda *args, **kwargs: info)
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    found = sources.read(f"tfds:huggingface:{argument}", "", 0)
+    assert asked[0][0] == "o/sums"
+    assert [{k: r[k] for k in rows[0]} for r in found] == rows
+    assert found[0]["id"].startswith("o-sums") and found[0]["id"].endswith("-train-000000")
 
 
-def show(row, template="", labels=("negative", "positive")):
-    """(prompt, completion)."""
-    text, completion = render(choose(template, row, "x.jsonl"), row, labels, "x.jsonl, row 7")
-    return text[:completion], text[completion:]
-
-
-def test_templates_are_chosen_by_fields():
-    assert show({"id": "a", "question": "q", "answer": "a"}) == ("Question: q\nAnswer: ", "a")
-    assert show({"prompt": "p", "completion": "c"}) == ("p", "c")
-    assert show({"text": "good", "label": 1}) == ("Review: good\nSentiment: ", "positive")
-    assert show({"text": "good", "label": 0})[1] == "negative"
-    assert show({"text": "good", "label": "mixed"})[1] == "mixed"
-    prompt, completion = show({"instruction": "i", "input": "x", "output": "o"})
-    assert "### Input:\nx\n" in prompt and completion == "o"
-
-
-@pytest.mark.parametrize("empty", [{}, {"input": ""}, {"input": None}])
-def test_a_variant_without_the_empty_input(empty):
-    prompt, completion = show({"instruction": "i", "output": "o"} | empty)
-    assert "Input" not in prompt and "None" not in prompt and "### Instruction:\ni\n" in prompt
-    assert completion == "o"
-
-
-def test_completion_begins_at_the_last_field():
-    row = {"q": "{answer} and {q}", "a": "{}"}
-    assert show(row, "Q {q} A {a} end") == ("Q {answer} and {q} A ", "{} end")
-    # Literal braces survive, also where they look like the last field.
-    assert show(row, "{{q}} {q} = {a} {{a}}") == ("{q} {answer} and {q} = ", "{} {a}")
-    assert show(row, "{a}{a}") == ("{}", "{}")
-    assert show({"my field": 1.5, "b-c": True}, "{my field}{b-c}") == ("1.5", "True")
-
-
-@pytest.mark.parametrize(
-    "template",
-    ["{}", "{0}", "{q.x}", "{q[0]}", "{q:>10}", "{q!r}", "{q:{a}}", "{ q.__class__ }", "{q} {"],
-)
-def test_only_plain_fields(template):
-    text = message(choose, template, {"q": "1", "a": "2"}, "x.jsonl")
-    assert "data.template" in text and repr(template) in text
-
-
-def test_template_errors():
-    row = {"question": "q", "answer": "a"}
-    assert "has no {field}" in message(show, row, "{{question}}")
-    text = message(show, row, "{question}{anwser}")
-    assert "anwser" in text and "question, answer" in text and "x.jsonl" in text
-    text = message(show, {"body": "x"})
-    assert "body" in text and "question/answer" in text and "--config.data.template" in text
-    for broken in ({"question": "q"}, {"question": "q", "answer": None}):
-        text = message(render, TEMPLATES["question", "answer"], broken, (), "x.jsonl, row 7")
-        assert "x.jsonl, row 7: field 'answer' is missing" in text
-    for value in ([], {}, b"x"):
-        text = message(show, {"question": "q", "answer": value})
-        assert "x.jsonl, row 7: field 'answer' is a" in text and "expected text" in text
-    for label in (2, -1):
-        text = message(show, {"text": "t", "label": label})
-        assert f"label {label}, but data.labels has 2 words, ('negative', 'positive')" in text
+def test_tfds_of_the_hub_errors():
+    assert "tfds:huggingface:ORG/NAME" in message(sources.read, "tfds:huggingface:sums", "", 0)

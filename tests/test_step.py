@@ -163,6 +163,23 @@ def test_sharded_on_eight_devices_equals_one_device():
     assert done.stdout.strip() == "equal", done.stderr[-3000:]
 
 
+def test_lora_plus_is_another_learning_rate_for_b_and_m():
+    """A moves as without it; decay, moments and schedule are untouched."""
+    optim = default().optim
+    optim.weight_decay = 0.1
+    leaves = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 3)), "m": jnp.ones(3)}
+    lora = {"layers": {"attn": {"q_proj": leaves}}}
+    grads = jax.tree.map(lambda x: 0.3 * x, lora)
+    moves = {}
+    for ratio in (1.0, 16.0):
+        optim.b_lr_ratio = ratio
+        tx = optimizer(optim, 10)
+        moves[ratio], _ = tx.update(grads, tx.init(lora), lora)
+    for path, move in flatten(moves[1.0]).items():
+        factor = 1 if path.endswith("/a") else 16
+        assert np.any(move) and np.allclose(flatten(moves[16.0])[path], factor * move, rtol=1e-6)
+
+
 def test_schedules():
     """Values of transformers' get_scheduler for 10 steps, 2 of them warmup, at a peak of 1."""
     optim = default().optim

@@ -343,7 +343,7 @@ def test_packed_micro_batches(inputs, tmp_path, monkeypatch):
     train_set = load_data(c, pretrained.tokenizer(), pretrained.arch.vocab)[0]
     model, mesh = build_model(pretrained.arch, c, no_wrap), one_device()
     step = jax.jit(make_eval_step(model, c.vocab_chunk))
-    fixed = evaluate.fixed_set(train_set.examples, c, train_set.slots)
+    fixed = evaluate.fixed_set(train_set.examples, c, train_set.slots, ())
     base = load_base(pretrained, model, mesh)
     rows = evaluate.ledger_rows(step, {}, base, fixed, mesh, "train", 0)
     batch = train_set.plan(0)[:4]

@@ -1,62 +1,25 @@
-"""Checkpoints on disk -> our parameter tree; every way in which they can be wrong."""
+"""Named tensors -> our parameter tree: every element, how little is read, how errors are named."""
 
 import dataclasses
-import json
+import mmap
 import os
 import pathlib
 import subprocess
 import sys
+import tracemalloc
+import weakref
 
-import common
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from loading import Recorder, load, load_dir, message, same
+from safetensors.numpy import save_file
 from tiny import TINY, tiny_weights, write_tiny
-from tiny_tokenizer import write_tokenizer
 
-from gemma_lora import arch as arch_module
 from gemma_lora.arch import ARCHS, Arch
-from gemma_lora.errors import UserError
-from gemma_lora.files import sha256
-from gemma_lora.model import Transformer
-from gemma_lora.sharding import make_mesh
 from gemma_lora.weights import mapping
-from gemma_lora.weights.hf import Safetensors
-from gemma_lora.weights.pretrained import load_base, open_weights
-
-gguf = common.needs("gguf")
-
-ONE = {"data": 1, "fsdp": 1, "tensor": 1}
-
-
-def message(call, *args):
-    """The error's text, which must be one line."""
-    with pytest.raises(UserError) as e:
-        call(*args)
-    assert "\n" not in str(e.value)
-    return str(e.value)
-
-
-def load(pretrained, dtype=jnp.float32):
-    """Our flat tree as numpy arrays, on one device."""
-    model = Transformer(pretrained.arch, dtype, dtype)
-    tree = load_base(pretrained, model, make_mesh(ONE, jax.devices()[:1]))
-    return {k: np.asarray(v) for k, v in mapping.flatten(tree).items()}
-
-
-def load_dir(directory, dtype=jnp.float32):
-    return load(open_weights(str(directory), "auto"), dtype)
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    for k in a:
-        assert a[k].dtype == b[k].dtype, k
-        np.testing.assert_array_equal(a[k], b[k], err_msg=k)
-
+from gemma_lora.weights.pretrained import Pretrained, open_weights
 
 # ---- values ---------------------------------------------------------------------------------
 
@@ -113,6 +76,22 @@ def test_every_element_is_where_it_belongs(tmp_path, name):
     assert sum(x.size for x in tree.values()) == sum(x.size for x in w.values())
 
 
+@pytest.mark.parametrize("name", ["gemma", "gemma3", "qwen2_untied"])
+def test_one_leaf_at_a_time_there_and_back(tmp_path, name):
+    """read_leaf gives what load does; hf_tensor gives the file's own tensors again."""
+    pretrained = open_weights(str(write_tiny(name, tmp_path)), "auto")
+    tree, again = load(pretrained), {}
+    for ours, whole in tree.items():
+        layered = ours.startswith("layers/")
+        for i in range(pretrained.arch.layers) if layered else (None,):
+            leaf = mapping.read_leaf(pretrained.tensors, "hf", pretrained.arch, ours, i)
+            np.testing.assert_array_equal(leaf, whole[i] if layered else whole)
+            key, array = mapping.hf_tensor(pretrained.arch, ours, leaf, i)
+            assert key not in again
+            again[key] = array
+    same(again, tiny_weights(name))
+
+
 @pytest.mark.parametrize("stored", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64])
 def test_stored_dtypes(tmp_path, stored):
     directory = write_tiny("gemma3", tmp_path)
@@ -143,22 +122,62 @@ def test_a_file_loads_as_its_directory(tmp_path):
     same(load(file), load_dir(directory))
 
 
+@pytest.mark.parametrize("form", mapping.FORMS)
+def test_every_format_has_a_place_for_every_leaf(form):
+    """For every listed model of its families: letters, and as many elements as ours."""
+    families = {"flax": "gemma", "keras_gemma": "gemma", "keras_qwen": "qwen"}.get(form, "")
+    for name, arch in ARCHS.items():
+        if not arch.family.startswith(families):
+            continue
+        for ours, row in mapping.stored(arch, form).items():
+            letters, size = mapping._place(arch, ours)
+            for way, shape in mapping._shapes(row, size).items():
+                assert sorted("".join(mapping._axes(way))) == sorted(letters), (name, ours)
+                whole = np.prod(shape) / (row.part[1] if row.part else 1)
+                assert whole == np.prod([size[c] for c in letters]), (name, ours)
+
+
+def test_a_model_that_a_format_cannot_hold():
+    text = message(mapping.stored, ARCHS["qwen2_7b"], "flax")
+    assert "form 'flax' has no place for head/w, layers/attn/k_proj/b" in text
+
+
+def test_a_scale_an_output_channel():
+    w = np.array([[1.0, -2.0, 0.0], [0.5, 4.0, 0.0]], np.float32)
+    q, scale = mapping.quantize_int8(w, (0,))
+    np.testing.assert_allclose(scale, [1 / 127, 4 / 127, 1.0])
+    assert q.dtype == np.int8
+    np.testing.assert_array_equal(q, [[127, -64, 0], [64, 127, 0]])  # 63.5 is rounded to even
+    q, scale = mapping.quantize_int8(w.astype(ml_dtypes.bfloat16), (1,))
+    np.testing.assert_allclose(scale, [2 / 127, 4 / 127])
+    assert np.max(np.abs(q * scale[:, None] - w)) <= np.max(scale) / 2
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen2"])
+def test_loading_in_8_bits(tmp_path, name):
+    pretrained = open_weights(str(write_tiny(name, tmp_path)), "auto")
+    whole, tree = load(pretrained), load(pretrained, jnp.bfloat16, quantize="int8")
+    inputs = {"o_proj": (1, 2)}
+    seen = 0
+    for path, x in tree.items():
+        if path.endswith("_proj/w"):
+            assert x.dtype == np.int8
+            q, scale = x.astype(np.float32), tree[f"{path}_scale"]
+            axes = inputs.get(path.split("/")[2], (1,))
+            want = np.stack(
+                [mapping.quantize_int8(w, tuple(a - 1 for a in axes))[1] for w in whole[path]]
+            )
+            np.testing.assert_array_equal(scale, want)
+            wide = np.expand_dims(scale, axes)
+            assert np.all(np.abs(q * wide - whole[path]) <= wide * 0.5001), path
+            assert np.all(np.max(np.abs(q), axes) == 127)
+            seen += 1
+        elif not path.endswith("w_scale"):
+            np.testing.assert_array_equal(x, whole[path].astype(x.dtype), err_msg=path)
+    assert seen == 7 and len(tree) == len(whole) + 7
+
+
 # ---- reading only what is needed ------------------------------------------------------------
-
-
-class Recorder:
-    def __init__(self, tensors):
-        self.tensors, self.reads = tensors, []
-
-    def names(self):
-        return self.tensors.names()
-
-    def shape(self, name):
-        return self.tensors.shape(name)
-
-    def read(self, name):
-        self.reads.append(name)
-        return self.tensors.read(name)
 
 
 def test_each_tensor_is_read_once_and_mapped(tmp_path):
@@ -167,12 +186,75 @@ def test_each_tensor_is_read_once_and_mapped(tmp_path):
     load(dataclasses.replace(pretrained, tensors=recorder))
     assert sorted(recorder.reads) == sorted(pretrained.tensors.names())
     # Converting is a view of the mapped file: pages of a slice that is not asked for never load.
-    arch = pretrained.arch
-    q = pretrained.tensors.read("model.layers.0.self_attn.q_proj.weight")
-    shaped = mapping._converter("layers/attn/q_proj/w", False)(
-        q, (arch.embed, arch.heads, arch.head_dim)
+    owner = mapping.read_leaf(pretrained.tensors, "hf", pretrained.arch, "layers/attn/q_proj/w", 0)
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    assert isinstance(owner, mmap.mmap)
+
+
+class Meter(Recorder):
+    """Makes tensors on demand and knows how many bytes of them are alive at most."""
+
+    def __init__(self, shapes):
+        super().__init__(None)
+        self.shapes, self.alive, self.peak = shapes, 0, 0
+
+    def names(self):
+        return list(self.shapes)
+
+    def shape(self, name):
+        return self.shapes[name]
+
+    def read(self, name):
+        self.reads.append(name)
+        x = np.full(self.shapes[name], len(name), np.float32)
+        self.alive += x.nbytes
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(x, self.free, x.nbytes)
+        return x
+
+    def free(self, size):
+        self.alive -= size
+
+
+def metered(form="hf"):
+    """A model of 10 layers of which no tensor is larger than 1 MiB, and that size."""
+    config = TINY["gemma3"] | {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 10,
+    }
+    arch = Arch.from_hf(config)
+    shapes = {}
+    for ours, row in mapping.stored(arch, form).items():
+        (shape, *_) = mapping._shapes(row, mapping._place(arch, ours)[1]).values()
+        for i in range(arch.layers) if ours.startswith("layers/") else (None,):
+            shapes[row.name.format(i=i)] = shape
+    meter = Meter(shapes)
+    home = pathlib.Path()
+    return Pretrained(arch, meter, form, None, "", "", home, {}), 4 * max(
+        map(np.prod, shapes.values())
     )
-    assert isinstance(q, np.memmap) and np.shares_memory(shaped, q)
+
+
+# Quantising makes float32 copies. A stack of 10 layers would be 5 or more of the largest.
+@pytest.mark.parametrize(
+    ("form", "quantize", "limit"), [("hf", "", 2), ("flax", "", 2), ("hf", "int8", 5)]
+)
+def test_one_tensor_at_a_time_is_in_memory(form, quantize, limit):
+    pretrained, largest = metered(form)
+    load(pretrained, jnp.float32, quantize)  # compiles
+    pretrained, largest = metered(form)
+    tracemalloc.start()  # counts numpy's arrays, not those on jax's devices
+    try:
+        load(pretrained, jnp.float32, quantize)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    meter = pretrained.tensors
+    assert sorted(meter.reads) == sorted(meter.shapes)
+    assert meter.peak <= 2 * largest and meter.alive == 0  # the next one, and the last
+    assert peak <= (limit + 1.1) * largest
 
 
 SHARDED = """
@@ -181,20 +263,26 @@ from gemma_lora.model import Transformer
 from gemma_lora.sharding import make_mesh
 from gemma_lora.weights.mapping import flatten
 from gemma_lora.weights.pretrained import load_base, open_weights
-from test_weights import Recorder
+from test_weights import Recorder, metered
 assert jax.device_count() == 8
 pretrained = open_weights(sys.argv[1], "auto")
-model = Transformer(pretrained.arch, jnp.float32, jnp.float32)
 alone = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-one = flatten(load_base(pretrained, model, alone))
-recorder = Recorder(pretrained.tensors)
-sharded = dataclasses.replace(pretrained, tensors=recorder)
-eight = flatten(load_base(sharded, model, make_mesh({"data": 1, "fsdp": 4, "tensor": 2})))
-for path, x in eight.items():
-    np.testing.assert_array_equal(np.asarray(x), np.asarray(one[path]), err_msg=path)
-parts = {path: x.size // x.addressable_shards[0].data.size for path, x in eight.items()}
-assert parts["layers/mlp/gate_proj/w"] == 8 and parts["embed/w"] == 8, parts
-assert recorder.reads.count("model.embed_tokens.weight") == 1
+mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+for quantize in ("", "int8"):
+    model = Transformer(pretrained.arch, jnp.float32, jnp.float32, quantize=quantize)
+    one = flatten(load_base(pretrained, model, alone))
+    recorder = Recorder(pretrained.tensors)
+    sharded = dataclasses.replace(pretrained, tensors=recorder)
+    eight = flatten(load_base(sharded, model, mesh))
+    for path, x in eight.items():
+        assert x.dtype == one[path].dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(one[path]), err_msg=path)
+    parts = {path: x.size // x.addressable_shards[0].data.size for path, x in eight.items()}
+    assert parts["layers/mlp/gate_proj/w"] == 8 and parts["embed/w"] == 8, parts
+    assert sorted(recorder.reads) == sorted(pretrained.tensors.names())
+pretrained, largest = metered()
+load_base(pretrained, Transformer(pretrained.arch), mesh)
+assert pretrained.tensors.peak <= 2 * largest
 print("ok")
 """
 
@@ -214,85 +302,6 @@ def test_eight_devices_hold_the_same_values(tmp_path):
         check=False,
     )
     assert done.returncode == 0 and done.stdout == "ok\n", done.stderr
-
-
-# ---- shards and damaged files ---------------------------------------------------------------
-
-
-def shard(directory, count=3):
-    """Splits model.safetensors into shards with an index, as the Hub has large models."""
-    file = directory / "model.safetensors"
-    weights = load_file(file)
-    file.unlink()
-    index = {}
-    for i in range(count):
-        name = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-        part = dict(list(weights.items())[i::count])
-        save_file(part, directory / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(part, name)
-    text = json.dumps({"metadata": {"total_size": 1}, "weight_map": index})
-    (directory / "model.safetensors.index.json").write_text(text)
-    return sorted(set(index.values()))
-
-
-def test_shards(tmp_path):
-    directory = write_tiny("gemma2", tmp_path)
-    want = load_dir(directory)
-    shards = shard(directory)
-    same(load_dir(directory), want)
-    text = message(load, open_weights(str(directory / shards[0]), "auto"))
-    assert "tensors missing" in text
-    (directory / shards[1]).unlink()
-    text = message(load_dir, directory)
-    assert "names shards that are not there" in text and shards[1] in text
-    assert shards[0] not in text
-    for broken in ("{", "[]", '{"weight_map": 3}'):
-        (directory / "model.safetensors.index.json").write_text(broken)
-        assert "index.json is corrupt" in message(load_dir, directory)
-
-
-def test_a_tensor_in_two_shards_is_named(tmp_path):
-    directory = write_tiny("gemma2", tmp_path)
-    shards = shard(directory)
-    twice = "model.norm.weight"
-    for name in shards:
-        part = load_file(directory / name)
-        part[twice] = np.zeros(32, np.float32)
-        save_file(part, directory / name)
-    text = message(load_dir, directory)
-    assert twice in text and shards[0] in text and shards[1] in text
-
-
-def with_header(path, header):
-    text = json.dumps(header).encode() if not isinstance(header, bytes) else header
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 16)
-    return path
-
-
-def test_damaged_files(tmp_path):
-    directory = write_tiny("gemma", tmp_path)
-    path = directory / "model.safetensors"
-    whole = path.read_bytes()
-    for size in (0, 5, 200, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        text = message(Safetensors, path)
-        assert str(path) in text and ("truncated" in text or "corrupt" in text)
-    path.write_bytes(whole + b"\0")
-    assert "corrupt" in message(Safetensors, path)
-    path.write_bytes(whole[:8] + b"\xff" * 40 + whole[48:])
-    assert "header is not JSON" in message(Safetensors, path)
-    path.write_bytes(b"PK\3\4" + whole[4:])  # a PyTorch .bin
-    assert "no safetensors file" in message(Safetensors, path)
-    good = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
-    assert Safetensors(with_header(path, {"a": good})).read("a").shape == (2, 2)
-    for change in ({"shape": [3, 2]}, {"dtype": "BF16"}, {"data_offsets": [8, 16]}):
-        text = message(Safetensors, with_header(path, {"a": good | change}))
-        assert "corrupt: tensor a is" in text
-    for header in ([], {"a": 3}, {"a": {}}, {"a": good | {"data_offsets": []}}, {"a": [1]}):
-        assert "does not describe tensors" in message(Safetensors, with_header(path, header))
-    integers = Safetensors(with_header(path, {"a": good | {"dtype": "I32"}}))
-    text = message(integers.read, "a")
-    assert "tensor a is I32" in text and "BF16" in text
 
 
 # ---- wrong tensors --------------------------------------------------------------------------
@@ -344,129 +353,3 @@ def test_a_name_held_twice_is_named(tmp_path):
     recorder.names = lambda: [*names, names[3]]
     text = message(load, dataclasses.replace(pretrained, tensors=recorder))
     assert "twice" in text and names[3] in text and not recorder.reads
-
-
-# ---- open_weights ---------------------------------------------------------------------------
-
-
-def test_missing_weights_suggest_the_nearest(tmp_path):
-    write_tiny("gemma3", tmp_path / "gemma-tiny")
-    text = message(open_weights, str(tmp_path / "gema-tiny"), "auto")
-    assert "do not exist" in text and "'demo'" in text and "did you mean gemma-tiny?" in text
-    assert "do not exist" in message(open_weights, str(tmp_path / "a" / "b"), "auto")
-    (tmp_path / "empty").mkdir()
-    assert "no weights in" in message(open_weights, str(tmp_path / "empty"), "gemma3_1b")
-    assert "no config.json in" in message(open_weights, str(tmp_path / "empty"), "auto")
-
-
-def test_sha256(tmp_path):
-    directory = write_tiny("gemma3", tmp_path)
-    file = directory / "model.safetensors"
-    right = sha256(file)
-    assert open_weights(str(file), "auto", right.upper()).form == "hf"
-    text = message(open_weights, str(file), "auto", "0" * 64)
-    assert right in text and "0" * 64 in text
-    assert "directory" in message(open_weights, str(directory), "auto", right)
-
-
-def test_the_arch_must_agree_with_config_json(tmp_path):
-    directory = write_tiny("gemma3", tmp_path)
-    text = message(open_weights, str(directory), "gemma3_1b")
-    assert "not of arch gemma3_1b" in text
-    assert "embed is 32, arch says 1152" in text and "layers is 7, arch says 26" in text
-    text = message(open_weights, str(directory), "gemma2_2b")
-    assert "family is gemma3_text, arch says gemma2" in text
-    text = message(open_weights, str(directory), "gemma3_1bb")
-    assert "arch 'gemma3_1bb' is unknown, did you mean gemma3_1b" in text
-    assert "gemma3_270m" in message(open_weights, "demo", "gemma3_1b")
-    for broken in ("{", "[1]"):
-        (directory / "config.json").write_text(broken)
-        assert "config.json is corrupt" in message(open_weights, str(directory), "auto")
-    (directory / "config.json").write_text('{"model_type": "llama"}')
-    assert "model_type 'llama' is not supported" in message(open_weights, str(directory), "auto")
-
-
-def test_the_tokenizer_is_where_the_weights_are_or_where_it_is_said_to_be(tmp_path):
-    directory = write_tiny("gemma3", tmp_path / "model")
-    assert "no tokenizer in" in message(open_weights(str(directory), "auto").tokenizer)
-    write_tokenizer(tmp_path / "tokenizer")
-    other = open_weights(str(directory), "auto", tokenizer=str(tmp_path / "tokenizer"))
-    write_tokenizer(directory)
-    for pretrained in (other, open_weights(str(directory / "model.safetensors"), "auto")):
-        tokenizer = pretrained.tokenizer()
-        assert tokenizer.add_bos and tokenizer.bos_id == 2
-        assert tokenizer.decode(tokenizer.encode("2 + 2\n= 4")) == "2 + 2\n= 4"
-
-
-# ---- GGUF -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tiny_arch(monkeypatch):
-    monkeypatch.setitem(ARCHS, "tiny", Arch.from_hf(TINY["gemma3"]))
-    assert arch_module.get_arch("tiny").embed == 32
-
-
-def write_gguf(path, kind="gemma3", **changes):
-    """TINY['gemma3'] as llama.cpp's converter writes it: its names, and 1 added to the norms."""
-    arch = Arch.from_hf(TINY["gemma3"])
-    writer = gguf.GGUFWriter(path, kind)
-    facts = {
-        "block_count": arch.layers,
-        "embedding_length": arch.embed,
-        "feed_forward_length": arch.hidden,
-        "attention.head_count": arch.heads,
-        "attention.head_count_kv": arch.kv_heads,
-        "attention.key_length": arch.head_dim,
-        "attention.sliding_window": arch.window,
-    } | changes
-    for key, value in facts.items():
-        writer.add_uint32(f"{kind}.{key}", value)
-    writer.add_float32(f"{kind}.rope.freq_base", arch.rope_base)
-    table = mapping.names(arch, "hf"), mapping.names(arch, "gguf")
-    rename = {
-        hf.format(i=i): table[1][ours].format(i=i)
-        for ours, hf in table[0].items()
-        for i in range(arch.layers)
-    }
-    for name, w in tiny_weights("gemma3").items():
-        writer.add_tensor(rename[name], w + 1 if "norm" in name else w)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return str(path)
-
-
-def test_gguf_loads_as_safetensors_do(tmp_path, tiny_arch):
-    want = load_dir(write_tiny("gemma3", tmp_path))
-    got = load(open_weights(write_gguf(tmp_path / "tiny.gguf"), "tiny"))
-    assert got.keys() == want.keys()
-    for path, x in want.items():
-        # (w + 1) - 1 is w but for its last bits.
-        rounding = 3e-7 if path.endswith("/scale") else 0
-        np.testing.assert_allclose(got[path], x, rtol=0, atol=rounding, err_msg=path)
-
-
-def test_gguf_names_are_llama_cpps(tmp_path):
-    """Our column of names against the gguf package's own table."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 7)
-    arch = Arch.from_hf(TINY["gemma3"])
-    for ours, hf in mapping.names(arch, "hf").items():
-        if ours.endswith("/b") or ours == "head/w":
-            continue
-        theirs = names.get_name(hf.format(i=3).removesuffix(".weight"))
-        assert f"{theirs}.weight" == mapping.names(arch, "gguf")[ours].format(i=3)
-
-
-def test_gguf_of_another_model(tmp_path, tiny_arch):
-    path = write_gguf(tmp_path / "tiny.gguf")
-    assert "gemma3_270m" in message(open_weights, path, "auto")
-    text = message(open_weights, path, "gemma2_2b")
-    assert "holds a gemma3 model" in text and "gemma2_2b is of gemma2" in text
-    text = message(open_weights, path, "gemma3_1b")
-    assert "embed is 32, arch says 1152" in text and "heads" not in text.split("embed")[0]
-    path = write_gguf(tmp_path / "llama.gguf", kind="llama")
-    assert "holds a llama model" in message(open_weights, path, "tiny")
-    path = write_gguf(tmp_path / "wide.gguf", **{"feed_forward_length": 65})
-    assert "hidden is 65, arch says 64" in message(open_weights, path, "tiny")

@@ -6,6 +6,7 @@ integer: they need no libm, so every platform gets the same bits and the goldens
 """
 
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -150,22 +151,56 @@ def write_tiny(name: str, directory: str | Path, seed: int = 0) -> Path:
     return directory
 
 
+# Adapters as adapter_config.json says what they are (r 4, lora_alpha 8 and all linear modules go
+# without saying).
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "patterned": {
+        "use_rslora": True,
+        "rank_pattern": {"self_attn.v_proj": 6, ".*_proj": 3, "q_proj": 5},  # the first one counts
+        "alpha_pattern": {"(down|q)_proj": 3},
+    },
+}
+# Which of them have goldens of their own, on which base.
+ADAPTED = [(adapter, base) for adapter in ("dora", "patterned") for base in ("gemma2", "qwen2")]
+
+
+def settings_of(adapter: str, **more: Any) -> dict[str, Any]:
+    """The settings of ADAPTERS[adapter], with what goes without saying."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    usual = {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "target_modules": targets}
+    return usual | ADAPTERS[adapter] | more
+
+
 def init_adapter(
-    config: Mapping[str, Any], rank: int, seed: int = 0, zero_b: bool = False
+    config: Mapping[str, Any],
+    rank: int,
+    seed: int = 0,
+    zero_b: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    use_dora: bool = False,
+    **unused: Any,
 ) -> dict[str, np.ndarray]:
     """LoRA on all linear modules under the keys of PEFT's file: A [r, in], B [out, r], float32.
 
     A has PEFT's initial distribution; B is zero, or of a size that changes every layer's output
-    by about half of itself at alpha = 2 r.
+    by about half of itself at alpha = 2 r. DoRA's magnitudes [out] are about those of tiny_weights.
     """
     adapter: dict[str, np.ndarray] = {}
     for name, (out, fan_in) in linear_shapes(config).items():
         key = f"base_model.model.{name}.lora_"
+        matches = (r for p, r in (rank_pattern or {}).items() if re.match(rf"(.*\.)?({p})$", name))
+        r = next(matches, rank)
         adapter[f"{key}A.weight"] = _uniform(
-            f"{seed}/{name}/A", (rank, fan_in), 1 / np.sqrt(3 * fan_in)
+            f"{seed}/{name}/A", (r, fan_in), 1 / np.sqrt(3 * fan_in)
         )
-        b = np.zeros((out, rank), np.float32)
+        b = np.zeros((out, r), np.float32)
         adapter[f"{key}B.weight"] = b if zero_b else _uniform(f"{seed}/{name}/B", b.shape, 0.2)
+        if use_dora:
+            sharp = 2 if name.endswith(("q_proj", "k_proj")) else 1
+            noise = _uniform(f"{seed}/{name}/m", (out,), 0.3)
+            adapter[f"{key}magnitude_vector"] = np.float32(sharp) * (1 + noise)
     return adapter
 
 

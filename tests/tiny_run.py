@@ -93,11 +93,12 @@ def ledger(workdir: Path, step: int, split: str) -> dict[str, np.ndarray]:
 
 
 def left(workdir: Path) -> dict[str, Any]:
-    """All that a run left which must not depend on the clock or on how often it was started."""
+    """All that a run left which must not depend on clock, memory or on how often it was started."""
     clocks = ("seconds", "step_seconds")
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     report = json.loads((workdir / "report.json").read_text())
-    report["run"] = {k: v for k, v in report["run"].items() if k not in ("seconds", "phases")}
+    other = ("seconds", "phases", "peak_memory")
+    report["run"] = {k: v for k, v in report["run"].items() if k not in other}
     files = [*workdir.glob("ledger/*"), *workdir.glob("adapter/*")]
     return {
         "metrics": [{k: v for k, v in r.items() if k not in clocks} for r in lines],

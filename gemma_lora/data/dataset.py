@@ -6,6 +6,7 @@ Letters: B rows of a batch, T tokens of a row, C positions of a row that carry l
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -27,6 +28,10 @@ class Example:
     loss_from: int
     text: str
     completion: int  # index of the completion's first character
+    # The first target that holds a character of the completion, and the index of the row's label
+    # among data.labels; -1: the tokens hold none.
+    answer_from: int = -1
+    label: int = -1
 
     @property
     def load(self) -> int:
@@ -39,8 +44,11 @@ class Tokenized:
     """What became of the rows: examples, and those that could not be used or not whole."""
 
     examples: list[Example]
-    truncated: list[str]  # ids of examples cut at seq_len: they do not train their stop token
+    # Ids of examples longer than seq_len. One with a label lacks the end of its longest field, and
+    # keeps the label; any other is cut at seq_len, so that its stop token is not trained.
+    truncated: list[str]
     dropped: list[str]  # ids whose prompt fills seq_len: nothing of them carries loss
+    label_tokens: tuple[int, ...] = ()  # the first token of each word of data.labels; (): no labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,49 +56,134 @@ class Batch:
     """Arrays for the step, and which example each loss position belongs to.
 
     tokens, segments, positions [B,T]; loss_pos (index into T of the predicting position), targets
-    and loss_mask [B,C]; owner [B,C] is the example's index in the data set, -1 where masked.
+    and loss_mask [B,C]; owner [B,C] is the example's index in the data set, -1 where masked;
+    answer [B,C] is True at the target that begins its example's completion.
     """
 
     arrays: dict[str, np.ndarray]
     owner: np.ndarray
+    answer: np.ndarray
 
 
 def tokenize(rows: list[dict[str, Any]], tokenizer: Tokenizer, data: Any, where: str) -> Tokenized:
-    """Renders and tokenises rows as [bos] text [eos], cut at data.seq_len.
+    """Renders and tokenises rows as [bos] text [eos], in at most data.seq_len tokens.
 
+    A conversation (data.chat) has the bos and the end that its template writes; it gets bos where
+    the template writes none, and eos where the text does not end in a control token.
     data.loss_on: 'all' (every target after the first token) or 'completion' (the tokens that hold
     a character of the completion, and eos).
     """
     if data.loss_on not in ("completion", "all"):
         raise UserError(f"data.loss_on is {data.loss_on!r}, expected 'completion' or 'all'")
-    variants = templates.choose(data.template, rows[0], where)
-    texts, starts = zip(
-        *(templates.render(variants, row, tuple(data.labels), place(row, where)) for row in rows),
-        strict=True,
-    )
-    bos = [tokenizer.bos_id] if tokenizer.add_bos else []
-    examples, truncated, dropped = [], [], []
-    for row, text in zip(rows, texts, strict=True):
-        if not text.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in text):
+    labels = tuple(data.labels)
+    variants = templates.choose(data.template, rows[0], where, labels, data.chat)
+
+    def render(row: dict[str, Any]) -> templates.Rendered:
+        at = place(row, where)
+        if not data.chat:
+            return templates.render(variants, row, labels, at)
+        found = templates.render_chat(variants, row, labels, at, tokenizer.render_chat)
+        if found.label < 0 and not data.template and templates.is_classification(variants):
+            raise UserError(
+                f"{at}: label {row['label']!r} is none of data.labels {labels}, which the prompt "
+                "of data.chat names (on the command line: --config.data.labels=\"('a', 'b')\")"
+            )
+        return found
+
+    rendered = [render(row) for row in rows]
+    for row, r in zip(rows, rendered, strict=True):
+        if not r.text.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in r.text):
             raise UserError(f"{place(row, where)}: half of a surrogate pair is no text")
-    encodings = tokenizer.encode_batch(list(texts))
-    for row, text, start, encoding in zip(rows, texts, starts, encodings, strict=True):
-        ids = [*bos, *encoding.ids, tokenizer.eos_id]
+    sample = next((row for row, r in zip(rows, rendered, strict=True) if r.label >= 0), None)
+    label_tokens = () if sample is None else _label_tokens(sample, render, tokenizer, labels)
+    examples, truncated, dropped = [], [], []
+    encodings = tokenizer.encode_batch([r.text for r in rendered])
+    for row, r, encoding in zip(rows, rendered, encodings, strict=True):
+        ids, offsets, label = list(encoding.ids), encoding.offsets, r.label
+        answer = _first_token(offsets, r.completion)
+        if label >= 0 and ids[answer] != label_tokens[label]:
+            raise UserError(
+                f"{place(row, where)}: the label {labels[label]!r} begins with another token than "
+                f"it would in {place(sample, where)}; part it from the text before it by a word or "
+                "a line"
+            )
+        if not (data.chat and _ends_in_control(r.text, encoding, tokenizer)):
+            ids.append(tokenizer.eos_id)
+        if tokenizer.add_bos and not (data.chat and ids[0] == tokenizer.bos_id):
+            ids.insert(0, tokenizer.bos_id)
+            offsets, answer = [(0, 0), *offsets], answer + 1
         if tokenizer.add_bos and ids.count(tokenizer.bos_id) != 1:
             raise UserError(f"{place(row, where)}: the text itself holds the bos token")
-        loss_from = 1
-        if data.loss_on == "completion":
-            # The first token with a character of the completion; eos if the completion is empty.
-            inside = (i for i, (_, end) in enumerate(encoding.offsets) if end > start)
-            loss_from = max(1, len(bos) + next(inside, len(encoding.ids)))
+        if (excess := len(ids) - data.seq_len) > 0 and label >= 0:
+            short = _shorten(ids, offsets, r.field, excess)
+            answer, ids = answer - (len(ids) - len(short)), short
         tokens = np.asarray(ids[: data.seq_len], np.int32)
+        answer = max(1, answer)
+        loss_from = answer if data.loss_on == "completion" else 1
         if loss_from >= len(tokens):
             dropped.append(row["id"])
             continue
-        if len(ids) > len(tokens):
+        if excess > 0:
             truncated.append(row["id"])
-        examples.append(Example(row["id"], tokens, loss_from, text, start))
-    return Tokenized(examples, truncated, dropped)
+        if answer >= len(tokens):
+            answer = label = -1
+        examples.append(Example(row["id"], tokens, loss_from, r.text, r.completion, answer, label))
+    return Tokenized(examples, truncated, dropped, label_tokens)
+
+
+def _first_token(offsets: Sequence[tuple[int, int]], start: int) -> int:
+    """The first token that holds a character of text[start:]; where there is none, the next one."""
+    return next((i for i, (_, end) in enumerate(offsets) if end > start), len(offsets))
+
+
+def _ends_in_control(text: str, encoding: Any, tokenizer: Tokenizer) -> bool:
+    """Is the last token that is no white space a control token, e.g. that of the turn's end?"""
+    pairs = zip(reversed(encoding.ids), reversed(encoding.offsets), strict=True)
+    last = next((i for i, (start, end) in pairs if text[start:end].strip()), None)
+    return last in tokenizer.control_ids
+
+
+def _shorten(
+    ids: list[int], offsets: Sequence[tuple[int, int]], field: tuple[int, int], excess: int
+) -> list[int]:
+    """ids without the last `excess` tokens of a field, so that what follows the field stays.
+
+    Unchanged where the field has fewer. A character of several tokens goes as a whole.
+    """
+    inside = [i for i, (a, b) in enumerate(offsets) if field[0] <= a < b <= field[1]]
+    if len(inside) < excess:
+        return ids
+    start = inside[-excess]
+    while start > inside[0] and offsets[start] == offsets[start - 1]:
+        start -= 1
+    return ids[:start] + ids[inside[-1] + 1 :]
+
+
+def _label_tokens(
+    row: dict[str, Any],
+    render: Callable[[dict[str, Any]], templates.Rendered],
+    tokenizer: Tokenizer,
+    labels: tuple[str, ...],
+) -> tuple[int, ...]:
+    """The first token of each label in the row's context.
+
+    Raises UserError if two labels share it: then a model's choice cannot be read from one token.
+    """
+    texts = [render({**row, "label": word}) for word in labels]
+    encodings = tokenizer.encode_batch([r.text for r in texts])
+    found: dict[int, str] = {}
+    for word, r, encoding in zip(labels, texts, encodings, strict=True):
+        at = _first_token(encoding.offsets, r.completion)
+        if at == len(encoding.ids):
+            raise UserError(f"data.labels holds {word!r}, which has no token")
+        token = encoding.ids[at]
+        if token in found:
+            raise UserError(
+                f"data.labels {found[token]!r} and {word!r} begin with the same token, "
+                f"{tokenizer.decode([token])!r}; choose words that begin differently"
+            )
+        found[token] = word
+    return tuple(found)
 
 
 def check_vocabulary(examples: list[Example], vocab: int) -> None:
@@ -148,12 +241,14 @@ class Dataset:
         seed: int,
         shuffle: bool,
         slots: int,
+        label_tokens: tuple[int, ...] = (),
         process: tuple[int, int] = (0, 1),
     ):
         index, count = process
         if batch_size % count:
             raise UserError(f"data.batch_size {batch_size} is not a multiple of {count} processes")
         self.examples = examples
+        self.label_tokens = label_tokens
         self.seq_len, self.batch_size, self.slots = seq_len, batch_size, slots
         self._pack, self._shuffle, self._seed = pack, shuffle, seed
         self._mine = slice(index * batch_size // count, (index + 1) * batch_size // count)
@@ -190,6 +285,7 @@ class Dataset:
         tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
         loss_pos, targets = (np.zeros(wide, np.int32) for _ in range(2))
         owner = np.full(wide, -1, np.int32)
+        answer = np.zeros(wide, bool)
         for r, members in enumerate(rows):
             at = slot = 0
             for number, m in enumerate(members, 1):
@@ -200,6 +296,8 @@ class Dataset:
                 loss_pos[r, slot : slot + load] = np.arange(at + e.loss_from, at + n) - 1
                 targets[r, slot : slot + load] = e.tokens[e.loss_from :]
                 owner[r, slot : slot + load] = m
+                if e.answer_from > 0:  # else the completion was cut off whole
+                    answer[r, slot + e.answer_from - e.loss_from] = True
                 at, slot = at + n, slot + load
         arrays = {
             "tokens": tokens,
@@ -209,7 +307,7 @@ class Dataset:
             "targets": targets,
             "loss_mask": (owner >= 0).astype(np.float32),
         }
-        return Batch(arrays, owner)
+        return Batch(arrays, owner, answer)
 
     def batches(self, start: int, stop: int) -> grain.IterDataset:
         """Batches start..stop-1, made ahead in the background."""

@@ -19,7 +19,9 @@ from gemma_lora.errors import UserError
 from gemma_lora.tokenizer import Tokenizer
 
 
-def fixed_set(examples: list[Example], config: Any, slots: int) -> Dataset:
+def fixed_set(
+    examples: list[Example], config: Any, slots: int, label_tokens: tuple[int, ...]
+) -> Dataset:
     """A set to evaluate: every example once, in order, in the training batch's shape."""
     return Dataset(
         examples,
@@ -29,6 +31,7 @@ def fixed_set(examples: list[Example], config: Any, slots: int) -> Dataset:
         seed=config.seed,
         shuffle=False,
         slots=slots,
+        label_tokens=label_tokens,
         process=(jax.process_index(), jax.process_count()),
     )
 
@@ -50,8 +53,14 @@ def load_data(
         return tokenized
 
     found = [read(data.path)]
+    label_tokens = found[0].label_tokens
     if data.validation_path:
         found.append(read(data.validation_path))
+        if found[1].label_tokens != label_tokens:
+            raise UserError(
+                f"{data.path or data.source} and {data.validation_path} are not of one kind: the "
+                f"tokens of their label words are {label_tokens} and {found[1].label_tokens}"
+            )
         train_part, validation_part = found[0].examples, found[1].examples
         shared = {e.id for e in train_part} & {e.id for e in validation_part}
         if shared:
@@ -81,9 +90,10 @@ def load_data(
         seed=config.seed,
         shuffle=True,
         slots=slots,
+        label_tokens=label_tokens,
         process=(jax.process_index(), jax.process_count()),
     )
-    fixed = [fixed_set(part, config, slots) for part in (validation_part, probe_part)]
+    fixed = [fixed_set(part, config, slots, label_tokens) for part in (validation_part, probe_part)]
     counts = {
         "train": len(train_part),
         "validation": len(validation_part),
@@ -115,7 +125,10 @@ def describe(
         f"eval at 0 and every {every} steps: {1 + -(-total // every)} evals",
     }
     if counts["truncated"]:
-        facts["truncated"] = f"{counts['truncated']} examples are longer: their end is not trained"
+        facts["truncated"] = (
+            f"{counts['truncated']} examples are longer: cut at the end, those with a label in "
+            "their longest field"
+        )
     if counts["dropped"]:
         facts["dropped"] = (
             f"{counts['dropped']} examples left out: the prompt fills data.seq_len, no loss token"

@@ -7,6 +7,7 @@ function here and one line in SOURCES.
 import importlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from gemma_lora.data import generated
 from gemma_lora.errors import UserError, nearest
 
 Row = dict[str, Any]
+HUB = "huggingface:"  # before the name of a data set in a tfds source
 LINE = "__line__"  # a field of rows from .jsonl files: the number of their line
 
 
@@ -34,7 +36,8 @@ def field_names(row: Row) -> str:
 def read(source: str, path: str, limit: int) -> list[Row]:
     """The first `limit` rows (0: all) of `path`, or, when path is empty, of `source`.
 
-    source is 'name' or 'name:argument', e.g. 'tfds:gsm8k', 'tfds:gsm8k/test', 'generated:600'.
+    source is 'name' or 'name:argument', e.g. 'tfds:gsm8k', 'tfds:gsm8k/test', 'generated:600',
+    'tfds:huggingface:vicgalle/alpaca-gpt4'.
     Every row has a unique string 'id': its own 'id' field, or the file's stem and row number.
     Raises UserError naming file and line.
     """
@@ -47,7 +50,7 @@ def read(source: str, path: str, limit: int) -> list[Row]:
                 f"data.source {source!r} is unknown, {nearest(kind, SOURCES)}; "
                 "a file is given as data.path"
             )
-        rows, stem = SOURCES[kind](argument), argument.replace("/", "-") or kind
+        rows, stem = SOURCES[kind](argument), re.sub("[/:]", "-", argument) or kind
     out: list[Row] = []
     seen: set[str] = set()
     try:
@@ -131,7 +134,8 @@ def _generated(argument: str) -> Iterable[Row]:
 
 
 def _tfds(argument: str) -> Iterator[Row]:
-    """'name' or 'name[/config]/split' (default train), downloaded and prepared where it is not yet.
+    """'NAME[/CONFIG][/SPLIT]' or 'huggingface:ORG/NAME[/CONFIG][/SPLIT]', the split 'train' if none
+    is given; downloaded and prepared where it is not yet.
 
     array_record is the one file format that tfds reads and writes without TensorFlow.
     """
@@ -140,23 +144,42 @@ def _tfds(argument: str) -> Iterator[Row]:
     # tfds' own import of these stops, silently, at the first module that needs TensorFlow.
     for part in ("text", "question_answering", "summarization", "translate"):
         importlib.import_module(f"tensorflow_datasets.{part}")
-    name, _, split = argument.rpartition("/") if "/" in argument else (argument, "", "")
-    split = split or "train"
+    hub = argument.startswith(HUB)
+    parts = argument.removeprefix(HUB).split("/")
+    own = 2 if hub else 1  # how many parts name the data set itself
+    split = parts.pop() if len(parts) > own else "train"
+    name = "/".join(parts)
+    if hub and len(parts) < 2:
+        raise UserError(f"data.source 'tfds:{argument}': expected tfds:{HUB}ORG/NAME[/SPLIT]")
     try:
-        builder = tfds.builder(name, file_format="array_record")
+        if hub:
+            builder = _hub_builder("/".join(parts[:2]), "/".join(parts[2:]) or None)
+        else:
+            builder = tfds.builder(name, file_format="array_record")
         builder.download_and_prepare()
         rows = builder.as_data_source(split=split)
     except tfds.core.DatasetNotFoundError as e:
         known = nearest(name, tfds.list_builders(with_community_datasets=False))
         raise UserError(f"TensorFlow Datasets has no {name!r}, {known}") from e
     except Exception as e:  # tfds has no common base of its errors
+        causes = dict.fromkeys(f"{type(x).__name__}: {_line(x)}" for x in (e, e.__cause__) if x)
         raise UserError(
-            f"TensorFlow Datasets cannot give {argument!r}: {type(e).__name__}: {_line(e)}; "
+            f"TensorFlow Datasets cannot give {argument!r}: {'; '.join(causes)}; "
             "a local copy can be read with data.path"
         ) from e
     for i, row in enumerate(rows):
         fields = {k: _plain(v) for k, v in row.items()}
         yield {"id": f"{name.replace('/', '-')}-{split}-{i:06d}", **fields}
+
+
+def _hub_builder(repository: str, config: str | None) -> Any:
+    """tfds' builder of a Hugging Face data set; made directly, because tfds.builder would list
+    every data set of the hub to find out how the name is capitalised."""
+    from tensorflow_datasets.core.dataset_builders import huggingface_dataset_builder
+
+    return huggingface_dataset_builder.HuggingfaceDatasetBuilder(
+        hf_repo_id=repository, hf_config=config, file_format="array_record"
+    )
 
 
 def _plain(value: Any) -> Any:

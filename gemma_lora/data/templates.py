@@ -1,12 +1,14 @@
-"""Rows -> text, with the point where the completion begins.
+"""Rows -> text or conversations, with the point where the completion begins.
 
 A template is a format string. Its last field, and what follows it, is the completion; all before
 is the prompt. Of several variants the first is used whose prompt has no empty field.
 """
 
+import dataclasses
 import functools
 import re
 import string
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gemma_lora.data.sources import field_names
@@ -25,9 +27,35 @@ TEMPLATES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("text", "label"): ("Review: {text}\nSentiment: {label}",),
     ("prompt", "completion"): ("{prompt}{completion}",),
 }
+# The same for data.chat: the prompt is the user's turn, the completion the assistant's. {labels}
+# stands for the words of data.labels.
+CHAT_TEMPLATES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("question", "answer"): ("{question}{answer}",),
+    ("instruction", "output"): ("{instruction}\n\n{input}{output}", "{instruction}{output}"),
+    ("text", "label"): ("Classify the text as one of: {labels}.\n\n{text}{label}",),
+    ("prompt", "completion"): ("{prompt}{completion}",),
+}
+MESSAGES = ("messages",)  # of rows that are conversations: in place of a template's variants
 
 
-def choose(template: str, row: dict[str, Any], where: str) -> tuple[str, ...]:
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A row as text.
+
+    completion: index of the completion's first character; field: (start, end) of the longest field
+    of the prompt, (0, 0) where there is none; label: index of the row's label among data.labels,
+    -1 where the completion is no such label.
+    """
+
+    text: str
+    completion: int
+    field: tuple[int, int]
+    label: int
+
+
+def choose(
+    template: str, row: dict[str, Any], where: str, labels: Sequence[str], chat: bool
+) -> tuple[str, ...]:
     """The variants to use for rows like `row`: the config's template, or by the row's fields."""
     if template:
         fields = _fields(template)
@@ -40,20 +68,30 @@ def choose(template: str, row: dict[str, Any], where: str) -> tuple[str, ...]:
                 f"{field_names(row)}"
             )
         return (template,)
-    for fields, variants in TEMPLATES.items():
+    if chat and "messages" in row:
+        return MESSAGES
+    words = ", ".join(labels).replace("{", "{{").replace("}", "}}")
+    table = CHAT_TEMPLATES if chat else TEMPLATES
+    for fields, variants in table.items():
         if all(f in row for f in fields):
-            return variants
-    known = "; ".join("/".join(f) for f in TEMPLATES)
+            return tuple(v.replace("{labels}", words) for v in variants)
+    known = "; ".join("/".join(f) for f in table)
+    hint = " (conversations need data.chat=True)" if "messages" in row else ""
     raise UserError(
         f"the rows of {where} have fields {field_names(row)}, which no built-in template knows "
-        f"({known}). Give one: --config.data.template='... {{field}} ...'"
+        f"({known}){hint}. Give one: --config.data.template='... {{field}} ...'"
     )
 
 
+def is_classification(variants: tuple[str, ...]) -> bool:
+    """Is the completion a label?"""
+    return variants is not MESSAGES and _fields(variants[0])[-1] == "label"
+
+
 def render(
-    variants: tuple[str, ...], row: dict[str, Any], labels: tuple[str, ...], where: str
-) -> tuple[str, int]:
-    """(text, index of the completion's first character). `labels` are the words for 0, 1, ...
+    variants: tuple[str, ...], row: dict[str, Any], labels: Sequence[str], where: str
+) -> Rendered:
+    """A row in the first variant whose prompt has no empty field. `labels`: words for 0, 1, ...
 
     Raises UserError naming `where` (file and row) for a field that is missing or no text.
     """
@@ -75,13 +113,76 @@ def render(
         if not isinstance(value, (str, int, float)):
             raise UserError(f"{where}: field {field!r} is a {type(value).__name__}, expected text")
         values[field] = str(value)
-    text, completion = "", 0
+    text, spans = "", []
     for literal, field in _parts(template):
         text += literal
         if field is not None:
-            completion = len(text)
+            spans.append((len(text), len(text) + len(values[field])))
             text += values[field]
-    return text, completion
+    *prompt, (completion, _) = spans
+    longest = max(prompt, key=lambda span: span[1] - span[0], default=(0, 0))
+    word = values["label"] if is_classification(variants) else None
+    return Rendered(text, completion, longest, labels.index(word) if word in labels else -1)
+
+
+def render_chat(
+    variants: tuple[str, ...],
+    row: dict[str, Any],
+    labels: Sequence[str],
+    where: str,
+    chat: Callable[..., str],
+) -> Rendered:
+    """A row as a conversation; `chat` is Tokenizer.render_chat.
+
+    The completion begins where the prompt ends that asks the model for the assistant's last turn.
+    Raises UserError naming `where` for what is no conversation, or one that the template refuses.
+    """
+    content, start, end, label = "", 0, 0, -1
+    if variants is MESSAGES:
+        messages = _messages(row, where)
+    else:
+        plain = render(variants, row, labels, where)
+        content, label = plain.text[: plain.completion].strip(), plain.label
+        shift = plain.completion - len(plain.text[: plain.completion].lstrip())
+        start, end = (min(max(i - shift, 0), len(content)) for i in plain.field)
+        messages = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": plain.text[plain.completion :]},
+        ]
+    try:
+        prompt = chat(messages[:-1], add_generation_prompt=True)
+        text = chat(messages)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from e
+    if not text.startswith(prompt):
+        raise UserError(
+            f"{where}: the chat template writes a prompt that is not how the whole conversation "
+            "begins, so where the completion begins is unknown; use another template, or "
+            "data.chat=False"
+        )
+    # A template that changes the user's words leaves no field to shorten.
+    at = prompt.rfind(content) if content else -1
+    return Rendered(text, len(prompt), (at + start, at + end) if at >= 0 else (0, 0), label)
+
+
+def _messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The row's conversation, checked: texts in turn, of which the assistant's is the last."""
+    found = row.get("messages")
+    if not isinstance(found, list) or not all(
+        isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
+        for m in found
+    ):
+        raise UserError(
+            f"{where}: field 'messages' must be a list of objects with a role and a content, both "
+            "text"
+        )
+    roles = [m["role"] for m in found]
+    if len(found) < 2 or roles[-1] != "assistant":
+        raise UserError(
+            f"{where}: messages are by {', '.join(roles) or 'nobody'}; expected at least two, the "
+            "last by the assistant"
+        )
+    return found
 
 
 def _fields(template: str) -> list[str]:

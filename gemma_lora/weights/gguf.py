@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemma_lora.arch import FAMILIES
 from gemma_lora.errors import UserError, nearest
 from gemma_lora.files import cache_dir, replace_file, sha256
 
@@ -19,6 +20,24 @@ DEMO_LICENCE = (
     "The demo weights are Gemma 3 270M, used under the Gemma Terms of Use "
     "(ai.google.dev/gemma/terms); the packaged file is quantised (Q4_K_M) and is dequantised here."
 )
+
+# The key after 'gemma3.' -> that of config.json. Sources: constants.py of the gguf package and
+# llama.cpp's convert_hf_to_gguf.py.
+_CONFIG = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_local_base_freq",
+}
 
 
 @functools.cache
@@ -108,6 +127,37 @@ class GGUFFile:
                 f"within its {size:,} bytes ({e}); get the file again"
             ) from None
         self._tensors = {t.name: t for t in reader.tensors}
+
+    def config(self) -> dict[str, Any]:
+        """What the metadata says of the model, in the terms of a Hugging Face config.json.
+
+        Raises UserError for a model of another kind than Arch knows.
+        """
+        kind = self.metadata.get("general.architecture", "")
+        kinds = {family.removesuffix("_text"): family for family in FAMILIES}
+        if kind not in kinds:
+            raise UserError(
+                f"{self.path} holds a {kind or 'nameless'} model, {nearest(kind, kinds)}"
+            )
+        found = {
+            theirs: self.metadata[f"{kind}.{key}"]
+            for key, theirs in _CONFIG.items()
+            if f"{kind}.{key}" in self.metadata
+        }
+        # Stored in 32 bits: 1e-6 would read as 9.99999997e-07.
+        found = {
+            k: float(str(np.float32(v))) if isinstance(v, float) else v for k, v in found.items()
+        }
+        if self.metadata.get(f"{kind}.rope.scaling.type", "none") != "none":
+            found["rope_scaling"] = {
+                "rope_type": self.metadata[f"{kind}.rope.scaling.type"],
+                "factor": self.metadata.get(f"{kind}.rope.scaling.factor", 1.0),
+            }
+        return found | {
+            "model_type": kinds[kind],
+            "vocab_size": self.shape("token_embd.weight")[0],
+            "tie_word_embeddings": "output.weight" not in self._tensors,
+        }
 
     def _tensor(self, name: str) -> "gguf.gguf_reader.ReaderTensor":
         try:

@@ -16,23 +16,37 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F64": np.dtype(np.float64),
 }
+# Multimodal Gemma 3 puts the text model into a larger one, under names that transformers has moved.
+_PREFIXES = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+}
+_VISION = ("vision_tower.", "multi_modal_projector.")
 
 
 class Safetensors:
     """Tensors of one .safetensors file, or of all the files of a directory.
 
     `read` returns views into the memory-mapped files (safetensors' own reader copies a tensor
-    whole, which a host that needs one slice of it should not pay for). Raises UserError for files
-    that are missing, truncated, or hold a dtype that is not floating point.
+    whole, which a host that needs one slice of it should not pay for). Names are those of the text
+    model alone; `vision` counts the tensors of image parts, which are left out. Raises UserError
+    for files that are missing, truncated, or hold a dtype that is not floating point.
     """
 
     def __init__(self, path: str | pathlib.Path):
         path = pathlib.Path(path)
         self._where: dict[str, tuple[pathlib.Path, dict[str, Any], int]] = {}
-        self._maps: dict[pathlib.Path, np.memmap] = {}
+        self.vision = 0
         for file in _files(path):
             header, start = _header(file)
             for name, entry in header.items():
+                if name.removeprefix("model.").startswith(_VISION):
+                    self.vision += 1
+                    continue
+                for prefix, ours in _PREFIXES.items():
+                    if name.startswith(prefix):
+                        name = ours + name.removeprefix(prefix)
                 if name in self._where:
                     raise UserError(f"tensor {name} is in {self._where[name][0]} and in {file}")
                 self._where[name] = (file, entry, start)
@@ -49,10 +63,9 @@ class Safetensors:
             raise UserError(
                 f"{file}: tensor {name} is {entry['dtype']}, expected one of {', '.join(_DTYPES)}"
             )
-        if file not in self._maps:
-            self._maps[file] = np.memmap(file, np.uint8, mode="r")
         begin, end = entry["data_offsets"]
-        data = self._maps[file][start + begin : start + end]
+        # A map of its own for each tensor: its pages are given back when the tensor is dropped.
+        data = np.memmap(file, np.uint8, "r", offset=start + begin, shape=(end - begin,))
         return data.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 

@@ -1,19 +1,26 @@
 """Named tensors of a checkpoint -> our parameter tree, exactly or loudly.
 
-Every checkpoint format names the same matrices; NAMES is the only place that knows the names. A
-linear weight is stored [out, in] by Hugging Face and GGUF; ours is [in..., out...], which is
-`source.T.reshape(ours)` for every projection.
+Every format holds the same matrices under its own names and in its own axis orders. FORMS is the
+only place that knows them; the axes are the letters of layers.py, so a conversion is written
+nowhere: it follows from the stored letters and ours.
 """
 
+import dataclasses
 import functools
+import math
+import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_lora.arch import Arch
 from gemma_lora.errors import UserError, nearest
+from gemma_lora.model import Transformer
 
 
 class Tensors(Protocol):
@@ -24,148 +31,326 @@ class Tensors(Protocol):
     def read(self, name: str) -> np.ndarray: ...
 
 
-# our path: (Hugging Face name, GGUF name); {i} is the layer.
-NAMES: dict[str, tuple[str, str]] = {
-    "embed/w": ("model.embed_tokens.weight", "token_embd.weight"),
-    "head/w": ("lm_head.weight", "output.weight"),
-    "final_norm/scale": ("model.norm.weight", "output_norm.weight"),
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """How a format holds one of our leaves, one layer of it.
+
+    letters: the stored axes in order. '(NH)D' has N and H flattened to one axis; 'DF|FD' is one or
+    the other, as the shape tells.
+    """
+
+    name: str  # {i} is the layer
+    letters: str
+    part: tuple[int, int] | None = None  # (i, n): entry i of a leading axis of n fused matrices
+    plus: float = 0.0  # what the format has added to our values
+
+
+# ---- the formats ----------------------------------------------------------------------------
+
+# our module: (Hugging Face, GGUF, letters of its weight). PyTorch's order: a matrix is [out, in].
+_TORCH: dict[str, tuple[str, str, str]] = {
+    "embed": ("model.embed_tokens", "token_embd", "VD"),
+    "head": ("lm_head", "output", "VD"),
+    "final_norm": ("model.norm", "output_norm", "D"),
     **{
-        f"layers/{module}/{ours}_proj/{leaf}": (
-            f"model.layers.{{i}}.{theirs}.{ours}_proj.{suffix}",
-            f"blk.{{i}}.{gguf}.{suffix}",
+        f"layers/{ours}": (f"model.layers.{{i}}.{hf}", f"blk.{{i}}.{gguf}", letters)
+        for ours, hf, gguf, letters in (
+            ("attn/q_proj", "self_attn.q_proj", "attn_q", "(NH)D"),
+            ("attn/k_proj", "self_attn.k_proj", "attn_k", "(KH)D"),
+            ("attn/v_proj", "self_attn.v_proj", "attn_v", "(KH)D"),
+            ("attn/o_proj", "self_attn.o_proj", "attn_output", "D(NH)"),
+            ("attn/q_norm", "self_attn.q_norm", "attn_q_norm", "H"),
+            ("attn/k_norm", "self_attn.k_norm", "attn_k_norm", "H"),
+            ("mlp/gate_proj", "mlp.gate_proj", "ffn_gate", "FD"),
+            ("mlp/up_proj", "mlp.up_proj", "ffn_up", "FD"),
+            ("mlp/down_proj", "mlp.down_proj", "ffn_down", "DF"),
+            ("pre_attn_norm", "input_layernorm", "attn_norm", "D"),
+            ("post_attn_norm", "post_attention_layernorm", "post_attention_norm", "D"),
+            ("pre_mlp_norm", "pre_feedforward_layernorm", "ffn_norm", "D"),
+            ("post_mlp_norm", "post_feedforward_layernorm", "post_ffw_norm", "D"),
         )
-        for module, theirs, ours, gguf in (
-            ("attn", "self_attn", "q", "attn_q"),
-            ("attn", "self_attn", "k", "attn_k"),
-            ("attn", "self_attn", "v", "attn_v"),
-            ("attn", "self_attn", "o", "attn_output"),
-            ("mlp", "mlp", "gate", "ffn_gate"),
-            ("mlp", "mlp", "up", "ffn_up"),
-            ("mlp", "mlp", "down", "ffn_down"),
-        )
-        for leaf, suffix in (("w", "weight"), ("b", "bias"))
     },
-    "layers/attn/q_norm/scale": (
-        "model.layers.{i}.self_attn.q_norm.weight",
-        "blk.{i}.attn_q_norm.weight",
-    ),
-    "layers/attn/k_norm/scale": (
-        "model.layers.{i}.self_attn.k_norm.weight",
-        "blk.{i}.attn_k_norm.weight",
-    ),
-    "layers/pre_attn_norm/scale": (
-        "model.layers.{i}.input_layernorm.weight",
-        "blk.{i}.attn_norm.weight",
-    ),
-    "layers/pre_mlp_norm/scale": (
-        "model.layers.{i}.post_attention_layernorm.weight",
-        "blk.{i}.ffn_norm.weight",
-    ),
 }
-# Where there are norms after each half, the name post_attention_layernorm means one of those.
-NAMES_POST_NORMS: dict[str, tuple[str, str]] = NAMES | {
-    "layers/post_attn_norm/scale": (
-        "model.layers.{i}.post_attention_layernorm.weight",
-        "blk.{i}.post_attention_norm.weight",
-    ),
-    "layers/pre_mlp_norm/scale": (
-        "model.layers.{i}.pre_feedforward_layernorm.weight",
-        "blk.{i}.ffn_norm.weight",
-    ),
-    "layers/post_mlp_norm/scale": (
-        "model.layers.{i}.post_feedforward_layernorm.weight",
-        "blk.{i}.post_ffw_norm.weight",
-    ),
+
+
+def _torch(column: int, arch: Arch) -> dict[str, Stored]:
+    rows = {}
+    for module, (*names, letters) in _TORCH.items():
+        rows[f"{module}/w"] = Stored(f"{names[column]}.weight", letters)
+        rows[f"{module}/scale"] = rows[f"{module}/w"]
+        if letters.startswith("("):
+            rows[f"{module}/b"] = Stored(f"{names[column]}.bias", letters.split(")")[0] + ")")
+    return rows
+
+
+def _hf(arch: Arch) -> dict[str, Stored]:
+    rows = _torch(0, arch)
+    if not arch.post_norms:  # then post_attention_layernorm is the norm before the MLP
+        rows["layers/pre_mlp_norm/scale"] = rows["layers/post_attn_norm/scale"]
+    return rows
+
+
+def _gguf(arch: Arch) -> dict[str, Stored]:
+    one = float(arch.norm_plus_one)  # GGUF stores 1 + w where the model multiplies by that
+    return {
+        ours: dataclasses.replace(row, plus=one) if ours.endswith("/scale") else row
+        for ours, row in _torch(1, arch).items()
+    }
+
+
+def _flax(arch: Arch) -> dict[str, Stored]:
+    """Official Gemma checkpoints; names as orbax.py normalises them.
+
+    Source: gm/nn/_modules.py of the gemma package, and its config.transpose_gating_einsum.
+    """
+    at = "layer_{i}/"
+    if arch.heads == arch.kv_heads:
+        q, k, v = (
+            Stored(f"{at}attn/qkv_einsum/w", letters, (j, 3))
+            for j, letters in enumerate(("NDH", "KDH", "KDH"))
+        )
+    else:
+        q = Stored(f"{at}attn/q_einsum/w", "NDH")
+        k, v = (Stored(f"{at}attn/kv_einsum/w", "KDH", (j, 2)) for j in range(2))
+    gate, up = (Stored(f"{at}mlp/gating_einsum/w", "DF|FD", (j, 2)) for j in range(2))
+    return {
+        "embed/w": Stored("embedder/input_embedding", "VD"),
+        "final_norm/scale": Stored("final_norm/scale", "D"),
+        "layers/attn/q_proj/w": q,
+        "layers/attn/k_proj/w": k,
+        "layers/attn/v_proj/w": v,
+        "layers/attn/o_proj/w": Stored(f"{at}attn/attn_vec_einsum/w", "NHD"),
+        "layers/attn/q_norm/scale": Stored(f"{at}attn/_query_norm/scale", "H"),
+        "layers/attn/k_norm/scale": Stored(f"{at}attn/_key_norm/scale", "H"),
+        "layers/mlp/gate_proj/w": gate,
+        "layers/mlp/up_proj/w": up,
+        "layers/mlp/down_proj/w": Stored(f"{at}mlp/linear/w", "FD"),
+        "layers/pre_attn_norm/scale": Stored(f"{at}pre_attention_norm/scale", "D"),
+        "layers/post_attn_norm/scale": Stored(f"{at}post_attention_norm/scale", "D"),
+        "layers/pre_mlp_norm/scale": Stored(f"{at}pre_ffw_norm/scale", "D"),
+        "layers/post_mlp_norm/scale": Stored(f"{at}post_ffw_norm/scale", "D"),
+    }
+
+
+# our module: (name, letters of its kernel) in keras-nlp's GemmaBackbone and Gemma3Backbone.
+_KERAS_GEMMA = {
+    "attn/q_proj": ("attention/query", "NDH"),
+    "attn/k_proj": ("attention/key", "KDH"),
+    "attn/v_proj": ("attention/value", "KDH"),
+    "attn/o_proj": ("attention/attention_output", "NHD"),
+    "attn/q_norm": ("attention/query_norm", "H"),
+    "attn/k_norm": ("attention/key_norm", "H"),
+    "mlp/gate_proj": ("ffw_gating", "DF"),
+    "mlp/up_proj": ("ffw_gating_2", "DF"),
+    "mlp/down_proj": ("ffw_linear", "FD"),
+    "pre_attn_norm": ("pre_attention_norm", "D"),
+    "post_attn_norm": ("post_attention_norm", "D"),
+    "pre_mlp_norm": ("pre_ffw_norm", "D"),
+    "post_mlp_norm": ("post_ffw_norm", "D"),
 }
-FORMATS = ("hf", "gguf")
+# The same in its QwenBackbone.
+_KERAS_QWEN = {
+    "attn/q_proj": ("self_attention/query", "DNH"),
+    "attn/k_proj": ("self_attention/key", "DKH"),
+    "attn/v_proj": ("self_attention/value", "DKH"),
+    "attn/o_proj": ("self_attention/attention_output", "NHD"),
+    "mlp/gate_proj": ("feedforward_gate_dense", "DF"),
+    "mlp/up_proj": ("feedforward_intermediate_dense", "DF"),
+    "mlp/down_proj": ("feedforward_output_dense", "FD"),
+    "pre_attn_norm": ("self_attention_layernorm", "D"),
+    "pre_mlp_norm": ("feedforward_layernorm", "D"),
+}
+
+
+def _keras(block: str, table: dict[str, tuple[str, str]], final: str) -> dict[str, Stored]:
+    rows = {
+        "embed/w": Stored("token_embedding/embeddings", "VD"),
+        "head/w": Stored("token_embedding/reverse_embeddings", "DV"),
+        "final_norm/scale": Stored(f"{final}/scale", "D"),
+    }
+    for module, (name, letters) in table.items():
+        at = f"{block}_{{i}}/{name}"
+        rows[f"layers/{module}/w"] = Stored(f"{at}/kernel", letters)
+        rows[f"layers/{module}/b"] = Stored(f"{at}/bias", letters.replace("D", ""))
+        rows[f"layers/{module}/scale"] = Stored(f"{at}/scale", letters)
+    return rows
+
+
+FORMS: dict[str, Callable[[Arch], dict[str, Stored]]] = {
+    "hf": _hf,
+    "gguf": _gguf,
+    "flax": _flax,
+    "keras_gemma": lambda _: _keras("decoder_block", _KERAS_GEMMA, "final_normalization"),
+    "keras_qwen": lambda _: _keras("transformer_layer", _KERAS_QWEN, "sequence_output_layernorm"),
+}
+
+
+# ---- from letters to conversions ------------------------------------------------------------
+
+
+@functools.cache
+def leaves(arch: Arch) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """our path -> (axis letters, shape) of every leaf of the base model, not quantised."""
+    boxed = Transformer(arch).abstract()["params"]
+    found = jax.tree_util.tree_leaves_with_path(
+        boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+    )
+    return {
+        "/".join(k.key for k in path): ("".join(leaf.names), leaf.value.shape)
+        for path, leaf in found
+    }
+
+
+@functools.cache
+def stored(arch: Arch, form: str) -> dict[str, Stored]:
+    """our path -> how the format holds it, for every leaf of the arch."""
+    rows, ours = FORMS[form](arch), leaves(arch)
+    if missing := ours.keys() - rows.keys():
+        raise UserError(f"form {form!r} has no place for {_some(sorted(missing))} of this arch")
+    return {path: rows[path] for path in ours}
 
 
 def names(arch: Arch, form: str) -> dict[str, str]:
-    """our path -> the format's name pattern, for an arch."""
-    table = NAMES_POST_NORMS if arch.post_norms else NAMES
-    return {ours: theirs[FORMATS.index(form)] for ours, theirs in table.items()}
+    """our path -> the format's name pattern."""
+    return {ours: row.name for ours, row in stored(arch, form).items()}
+
+
+def _axes(letters: str) -> list[str]:
+    """'(NH)D' -> ['NH', 'D']."""
+    return [group or single for group, single in re.findall(r"\((\w+)\)|(\w)", letters)]
+
+
+def _shapes(row: Stored, size: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Each way in which the format may order the axes -> the shape of the stored tensor."""
+    lead = row.part[1:] if row.part else ()
+    return {
+        way: (*lead, *(math.prod(size[c] for c in axis) for axis in _axes(way)))
+        for way in row.letters.split("|")
+    }
+
+
+def _to_ours(x: np.ndarray, row: Stored, ours: str, size: dict[str, int]) -> np.ndarray:
+    """A stored tensor -> axes `ours`; a view where nothing is added, so only used pages load."""
+    stored_axes = next(way for way, shape in _shapes(row, size).items() if shape == x.shape)
+    flat = "".join(_axes(stored_axes))
+    x = (x[row.part[0]] if row.part else x).reshape([size[c] for c in flat])
+    x = x.transpose([flat.index(c) for c in ours])
+    return x - np.float32(row.plus) if row.plus else x
+
+
+def _place(arch: Arch, ours: str) -> tuple[str, dict[str, int]]:
+    """(our letters without L, size of each letter) of a leaf."""
+    letters, shape = leaves(arch)[ours]
+    return letters.removeprefix("L"), dict(zip(letters, shape, strict=True))
+
+
+def read_leaf(tensors: Tensors, form: str, arch: Arch, ours: str, layer: int | None) -> np.ndarray:
+    """One leaf (of one layer, where it has layers) in our shape without L, in the stored dtype."""
+    row = stored(arch, form)[ours]
+    return _to_ours(tensors.read(row.name.format(i=layer)), row, *_place(arch, ours))
+
+
+def hf_tensor(
+    arch: Arch, ours: str, array: np.ndarray, layer: int | None
+) -> tuple[str, np.ndarray]:
+    """(Hugging Face's name, its array) of our leaf without L: the inverse of `read_leaf`."""
+    row, (letters, size) = stored(arch, "hf")[ours], _place(arch, ours)
+    array = array.transpose([letters.index(c) for c in "".join(_axes(row.letters))])
+    return row.name.format(i=layer), array.reshape(_shapes(row, size)[row.letters])
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """{'layers': {'attn': {...}}} -> {'layers/attn/q_proj/w': leaf}."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(k.key for k in path): leaf for path, leaf in leaves}
+    return {
+        "/".join(k.key for k in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def quantize_int8(w: np.ndarray, in_axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(int8 of w's shape, float32 scale of the other axes): w is about q * scale.
+
+    scale is the largest |w| over the input axes / 127, or 1 where all of them are 0.
+    """
+    w = w.astype(np.float32)
+    largest = np.max(np.abs(w), axis=in_axes)
+    scale = np.where(largest > 0, largest / np.float32(127), np.float32(1))
+    return np.rint(w / np.expand_dims(scale, in_axes)).astype(np.int8), scale
+
+
+# ---- loading --------------------------------------------------------------------------------
 
 
 def load(
     tensors: Tensors, form: str, arch: Arch, shapes: dict[str, Any], shardings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Puts a checkpoint on the devices, leaf by leaf, reading only what this host needs.
+    """Puts a checkpoint on the devices, layer by layer, reading only what this host needs.
 
-    shapes: tree of ShapeDtypeStruct (the dtype is the one to store); shardings: the same tree.
-    Raises UserError naming every unknown, missing or misshapen tensor before anything is read.
+    shapes: tree of ShapeDtypeStruct (the dtype is the one to store; an int8 'w' is quantised here,
+    with its 'w_scale' beside it); shardings: the same tree. Beyond the model, one tensor of one
+    layer at a time is in memory. Raises UserError naming every unknown, missing or misshapen tensor
+    before anything is read.
     """
-    flat = flatten(shapes)
-    table = {ours: name for ours, name in names(arch, form).items() if ours in flat}
-    assert table.keys() == flat.keys(), f"NAMES lacks {flat.keys() - table.keys()}"
-    _check(tensors, table, flat, arch)
-    plus_one = form == "gguf" and arch.norm_plus_one  # GGUF stores 1 + w
-    # One device after another asks for its slice of the embedding, which GGUF dequantises whole.
+    flat, where = flatten(shapes), flatten(shardings)
+    table = stored(arch, form)
+    _check(tensors, form, arch)
+    # One device after another asks for its slice, and fused matrices share a tensor.
     read = functools.lru_cache(maxsize=1)(tensors.read)
 
-    def leaf(ours: str, name: str, shape: jax.ShapeDtypeStruct, sharding) -> jax.Array:
-        convert = _converter(ours, plus_one)
+    def values(ours: str, i: int | None) -> dict[str, np.ndarray]:
+        """The leaf and, where it is quantised, its scale."""
+        row = table[ours]
+        x = _to_ours(read(row.name.format(i=i)), row, *_place(arch, ours))
+        if flat[ours].dtype != jnp.int8:
+            return {ours: x}
+        inputs = tuple(range(x.ndim + 1 - flat[f"{ours}_scale"].ndim))
+        return dict(zip((ours, f"{ours}_scale"), quantize_int8(x, inputs), strict=True))
 
-        def block(index: tuple[slice, ...]) -> np.ndarray:
-            if "{i}" not in name:
-                return convert(read(name), shape.shape)[index].astype(shape.dtype)
-            extent = [len(range(*s.indices(n))) for s, n in zip(index, shape.shape, strict=True)]
-            out = np.empty(extent, shape.dtype)
-            for row, i in zip(out, range(*index[0].indices(shape.shape[0])), strict=True):
-                row[...] = convert(read(name.format(i=i)), shape.shape[1:])[index[1:]]
-            return out
-
-        return jax.make_array_from_callback(shape.shape, sharding, block, dtype=shape.dtype)
-
-    leaves = [
-        leaf(ours, table[ours], shape, sharding)
-        for (ours, shape), sharding in zip(flat.items(), jax.tree.leaves(shardings), strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-
-
-def _converter(ours: str, plus_one: bool) -> Callable[[np.ndarray, tuple[int, ...]], np.ndarray]:
-    """A stored tensor -> one of our shape; views where possible, so that only used pages load."""
-    if ours.startswith("layers/") and ours.endswith("_proj/w"):
-        return lambda x, shape: x.T.reshape(shape)
-    if ours.endswith("/scale") and plus_one:
-        return lambda x, shape: x - np.float32(1)
-    return lambda x, shape: x.reshape(shape)
+    out = {}
+    for path, leaf in flat.items():
+        if path.startswith("layers/"):
+            out[path] = jnp.zeros(leaf.shape, leaf.dtype, device=where[path])
+        else:
+            out[path] = _put(values(path, None)[path], leaf.dtype, where[path])
+    stacked = [path for path in table if path.startswith("layers/")]
+    stacked.sort(key=lambda path: table[path].name)
+    for i in range(arch.layers):
+        for path, x in (pair for ours in stacked for pair in values(ours, i).items()):
+            of_layer = NamedSharding(where[path].mesh, PartitionSpec(*where[path].spec[1:]))
+            layer = _put(x, flat[path].dtype, of_layer)
+            out[path] = _writer(where[path])(out[path], layer, i)
+        jax.block_until_ready(out)  # or the host would run ahead of the devices, layer upon layer
+    return jax.tree.unflatten(jax.tree.structure(shapes), out.values())
 
 
-def _stored_shape(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in which a checkpoint holds one layer of our leaf."""
-    if not ours.startswith("layers/"):
-        return shape
-    shape = shape[1:]
-    if ours.endswith("_proj/b"):
-        return (int(np.prod(shape)),)
-    if not ours.endswith("_proj/w"):
-        return shape
-    if ours.endswith("o_proj/w"):
-        return (shape[-1], int(np.prod(shape[:-1])))
-    return (int(np.prod(shape[1:])), shape[0])
+def _put(x: np.ndarray, dtype: Any, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index].astype(dtype))
 
 
-def _check(tensors: Tensors, table: dict[str, str], flat: dict[str, Any], arch: Arch) -> None:
+@functools.cache
+def _writer(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    """(stacked [L, ...], one layer [...], i) -> stacked with layer i written in place."""
+    return jax.jit(
+        lambda stacked, layer, i: jax.lax.dynamic_update_index_in_dim(stacked, layer, i, 0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )
+
+
+def _check(tensors: Tensors, form: str, arch: Arch) -> None:
     expected = {}
-    for ours, name in table.items():
-        stored = _stored_shape(ours, flat[ours].shape)
-        for i in range(arch.layers) if "{i}" in name else (None,):
-            expected[name.format(i=i)] = stored
+    for ours, row in stored(arch, form).items():
+        shapes = tuple(_shapes(row, _place(arch, ours)[1]).values())
+        for i in range(arch.layers) if ours.startswith("layers/") else (None,):
+            expected[row.name.format(i=i)] = shapes
     got = tensors.names()
     if len(set(got)) != len(got):
         twice = sorted({n for n in got if got.count(n) > 1})
         raise UserError(f"the checkpoint holds tensors twice: {_some(twice)}")
-    # A tied head may be written out as well; it is the embedding table again.
-    extra = (
-        set(got) - expected.keys() - ({"lm_head.weight", "output.weight"} if arch.tied else set())
-    )
+    extra = set(got) - expected.keys()
+    if arch.tied and "head/w" in (rows := FORMS[form](arch)):
+        # A tied head may be written out as well; it is the embedding table again.
+        extra.discard(rows["head/w"].name)
     missing = expected.keys() - set(got)
     if missing or extra:
         hint = ""
@@ -176,9 +361,9 @@ def _check(tensors: Tensors, table: dict[str, str], flat: dict[str, Any], arch: 
             f"({_some(sorted(missing))}), {len(extra)} unknown ({_some(sorted(extra))}){hint}"
         )
     wrong = [
-        f"{n} is {list(tensors.shape(n))}, expected {list(shape)}"
-        for n, shape in expected.items()
-        if tuple(tensors.shape(n)) != tuple(shape)
+        f"{name} is {list(tensors.shape(name))}, expected {' or '.join(str(list(s)) for s in want)}"
+        for name, want in expected.items()
+        if tuple(tensors.shape(name)) not in want
     ]
     if wrong:
         raise UserError(

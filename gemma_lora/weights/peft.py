@@ -1,14 +1,20 @@
 """Adapters in Hugging Face PEFT's format, out and in.
 
-adapter_model.safetensors holds base_model.model.<module>.lora_A.weight [r, in] and
-.lora_B.weight [out, r]; ours are A [L, in..., R] and B [L, R, out...]: one layer's matrix is
-`ours.reshape(2-d).T`. PEFT only warns about wrongly named keys and leaves B at zero, so every
-export is read back and compared before it is put in place.
+adapter_model.safetensors holds base_model.model.<module>.lora_A.weight [r, in], .lora_B.weight
+[out, r] and, for DoRA, .lora_magnitude_vector [out]; ours are A [L, in..., R], B [L, R, out...] and
+m [L, out...]: one layer's matrix is `ours.reshape(2-d).T`. PEFT only warns about wrongly named keys
+and leaves B at zero, so every export is read back and compared before it is put in place.
+
+PEFT may give each layer of a module its own rank and scale; ours share them. What is smaller is
+padded with zeros, and a scale that differs goes into B: the function is the same, and zero columns
+of B beside zero rows of A take no gradient.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from typing import Any
@@ -19,30 +25,33 @@ import safetensors.numpy
 
 from gemma_lora.arch import Arch
 from gemma_lora.errors import UserError
-from gemma_lora.lora import LoRAConfig
+from gemma_lora.lora import LoRAConfig, modules, put
 from gemma_lora.model import Transformer
 from gemma_lora.weights.mapping import flatten, names
 
-# Settings of adapter_config.json that change the maths -> the values we can honour.
+# Our leaf -> the end of PEFT's name.
+_PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+# Settings of adapter_config.json that must be there -> what they may be.
+_KINDS = {"r": (int,), "lora_alpha": (int, float), "target_modules": (list, str)}
+# Settings that change the maths -> the values we can honour.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "use_dora": (False, None),
     "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
     "modules_to_save": (None, []),
-    "layers_to_transform": (None, []),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
-    "trainable_token_indices": (None, []),
+    "trainable_token_indices": (None, [], {}),
     "lora_bias": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (None, {}),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None, {}),
-    # PiSSA, OLoRA, CorDA and LoftQ change the base weights as well.
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
+    "kasa_config": (None, {}),
+    "monteclora_config": (None, {}),
+    "velora_config": (None, {}),
+    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base weights as well.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica", None),
 }
 
 
@@ -63,8 +72,7 @@ def export(
         text = json.dumps(_config_json(lora, config, base), indent=2, sort_keys=True)
         (temporary / "adapter_config.json").write_text(text + "\n")
         again, back = read(temporary, arch)
-        same = again.scale == config.scale and _equal(lora, back)
-        if not same:
+        if not (_means(again, back) == _means(config, lora) and _equal(lora, back)):
             raise RuntimeError(f"the adapter written to {directory} does not read back the same")
         temporary.chmod(0o755)
         if directory.exists():
@@ -86,92 +94,169 @@ def read(directory: pathlib.Path, arch: Arch) -> tuple[LoRAConfig, dict[str, Any
     if absent:
         raise UserError(f"no PEFT adapter in {directory}: {' and '.join(absent)} missing")
     try:
-        settings = json.loads(files[0].read_text())
-    except ValueError as e:
-        raise UserError(f"{files[0]} is not JSON: {e}") from e
-    for key in ("r", "lora_alpha"):
-        if not isinstance(settings.get(key), (int, float)):
-            raise UserError(f"{files[0]}: {key} is {settings.get(key)!r}, expected a number")
+        settings = dict(json.loads(files[0].read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{files[0]} is corrupt: expected a JSON object ({e})") from e
     for key, allowed in _SUPPORTED.items():
         if key in settings and settings[key] not in allowed:
             raise UserError(
                 f"{files[0]}: {key} is {settings[key]!r}, which is not supported here "
                 f"(expected {allowed[0]!r})"
             )
+    for key, kind in _KINDS.items():
+        if not isinstance(settings.get(key), kind):
+            expected = " or ".join(k.__name__ for k in kind)
+            raise UserError(f"{files[0]}: {key} is {settings.get(key)!r}, expected {expected}")
     try:
         tensors = safetensors.numpy.load_file(files[1])
     except Exception as e:  # safetensors raises its own and the operating system's errors
         raise UserError(f"{files[1]} cannot be read: {e}") from e
-    rank = settings["r"]
-    tree = from_tensors(tensors, arch, rank)
-    modules = sorted({p.rsplit("/", 1)[-1] for p in _modules(tree)})
-    config = LoRAConfig(
-        rank=rank,
-        alpha=float(settings["lora_alpha"]),
-        dropout=float(settings.get("lora_dropout", 0.0)),
-        targets="|".join(modules),
-        rslora=bool(settings.get("use_rslora", False)),
-    )
-    return config, tree
+    try:
+        return from_tensors(tensors, settings, arch)
+    except UserError as e:
+        raise UserError(f"{directory}: {e}") from e
 
 
 def to_tensors(lora: dict[str, Any], arch: Arch) -> dict[str, np.ndarray]:
     """Our tree -> PEFT's tensors by name."""
     out = {}
-    for path, leaves in _modules(lora).items():
-        a, b = np.asarray(leaves["a"]), np.asarray(leaves["b"])
-        rank = a.shape[-1]
-        for i in range(arch.layers):
-            name = _peft_name(path, arch).format(i=i)
-            out[f"{name}.lora_A.weight"] = np.ascontiguousarray(a[i].reshape(-1, rank).T)
-            out[f"{name}.lora_B.weight"] = np.ascontiguousarray(b[i].reshape(rank, -1).T)
+    for path, leaves in modules(lora).items():
+        rank = leaves["a"].shape[-1]
+        two = {"a": (-1, rank), "b": (rank, -1), "m": (-1,)}
+        for leaf, stacked in leaves.items():
+            for i, layer in enumerate(np.asarray(stacked)):
+                key = f"base_model.model.{_module(path, i, arch)}.{_PARTS[leaf]}"
+                out[key] = np.ascontiguousarray(layer.reshape(two[leaf]).T)
     return out
 
 
-def from_tensors(tensors: dict[str, np.ndarray], arch: Arch, rank: int) -> dict[str, Any]:
-    """PEFT's tensors -> our tree, float32. Every layer of a module must be there."""
+def from_tensors(
+    tensors: dict[str, np.ndarray], settings: dict[str, Any], arch: Arch
+) -> tuple[LoRAConfig, dict[str, Any]]:
+    """PEFT's tensors and the settings of adapter_config.json -> our config and tree, float32.
+
+    A layer that the settings leave out has zeros. Raises UserError as `read` does.
+    """
+    stated = LoRAConfig(
+        rank=settings["r"],
+        alpha=settings["lora_alpha"],
+        dropout=settings.get("lora_dropout") or 0.0,
+        rslora=bool(settings.get("use_rslora")),
+        variant="dora" if settings.get("use_dora") else "lora",
+        rank_pattern=(settings.get("rank_pattern") or {}).items(),
+        alpha_pattern=(settings.get("alpha_pattern") or {}).items(),
+    )
+    layers = _layers(settings, stated, arch)
+    # All layers of a module get the rank and alpha of one with the largest rank.
+    own = {path: max(found.values(), key=lambda c: c.rank) for path, found in layers.items()}
+    config = dataclasses.replace(
+        stated,
+        targets="|".join(own),
+        rank_pattern=[(p, c.rank) for p, c in own.items() if c.rank != stated.rank],
+        alpha_pattern=[(p, c.alpha) for p, c in own.items() if c.alpha != stated.alpha],
+    )
+    shapes = modules(nn.unbox(Transformer(arch, wrap=config).abstract()["lora"]))
     left = dict(tensors)
+
+    def take(key: str, shape: tuple[int, ...]) -> np.ndarray:
+        if key not in left:
+            raise UserError(f"the adapter lacks {key}")
+        if (stored := left.pop(key)).shape != shape:
+            raise UserError(f"{key} is {list(stored.shape)}, expected {list(shape)}")
+        return stored.T.astype(np.float32)
+
     tree: dict[str, Any] = {}
-    shapes = nn.unbox(Transformer(arch, wrap=LoRAConfig(rank=rank)).abstract()["lora"])
-    for path, leaves in _modules(shapes).items():
-        name = _peft_name(path, arch)
-        if f"{name.format(i=0)}.lora_A.weight" not in left:
-            continue
-        ours = {k: np.zeros(leaf.shape, np.float32) for k, leaf in leaves.items()}
-        for i in range(arch.layers):
-            for leaf, part in (("a", "lora_A"), ("b", "lora_B")):
-                key = f"{name.format(i=i)}.{part}.weight"
-                if key not in left:
-                    raise UserError(f"the adapter lacks {key}")
-                stored, place = left.pop(key), ours[leaf][i]
-                wide = place.size // rank
-                expected = (rank, wide) if leaf == "a" else (wide, rank)
-                if stored.shape != expected:
-                    raise UserError(f"{key} is {list(stored.shape)}, expected {list(expected)}")
-                place[...] = stored.T.reshape(place.shape)
-        module, leaf = path.split("/")[1:]
-        tree.setdefault("layers", {}).setdefault(module, {})[leaf] = ours
+    for path, found in layers.items():
+        if "m" in shapes[path] and len(found) < arch.layers:
+            raise UserError(
+                f"the adapter is DoRA in {len(found)} of the {arch.layers} layers of {path}; "
+                "expected all or none (the others' magnitudes are those of the base weights)"
+            )
+        ours = {k: np.zeros(leaf.shape, np.float32) for k, leaf in shapes[path].items()}
+        for i, one in found.items():
+            key = f"base_model.model.{_module(path, i, arch)}."
+            a, b = ours["a"][i], ours["b"][i]
+            part = take(key + _PARTS["a"], (one.rank, a.size // a.shape[-1]))
+            a[..., : one.rank] = part.reshape(*a.shape[:-1], one.rank)
+            part = take(key + _PARTS["b"], (b[0].size, one.rank))
+            b[: one.rank] = part.reshape(one.rank, *b.shape[1:])
+            if one.scale != own[path].scale:
+                b *= one.scale / own[path].scale
+            if "m" in ours:
+                m = ours["m"][i]
+                m[...] = take(key + _PARTS["m"], (m.size,)).reshape(m.shape)
+        tree[path] = ours
     if left:
         some = ", ".join(sorted(left)[:3])
         raise UserError(
-            f"the adapter holds {len(left)} tensors this model has no place for: {some}"
+            f"the adapter holds {len(left)} tensors that its settings or this model have no "
+            f"place for: {some}"
         )
-    if not tree:
-        raise UserError("the adapter holds no tensors")
-    return tree
+    return config, put({"layers": {}}, tree)
 
 
-def _modules(lora: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """{'layers/attn/q_proj': {'a': ..., 'b': ...}}."""
-    return {
-        f"layers/{module}/{proj}": leaves
-        for module, projections in lora["layers"].items()
-        for proj, leaves in projections.items()
-    }
+def _layers(
+    settings: dict[str, Any], stated: LoRAConfig, arch: Arch
+) -> dict[str, dict[int, LoRAConfig]]:
+    """Our path -> layer -> rank and alpha of each module that PEFT adapts with these settings."""
+    found: dict[str, dict[int, LoRAConfig]] = {}
+    for path in _paths(arch):
+        for i in range(arch.layers):
+            name = _module(path, i, arch)
+            if _targeted(settings, name):
+                found.setdefault(path, {})[i] = LoRAConfig(
+                    rank=_pattern(stated.rank_pattern, name, stated.rank),
+                    alpha=_pattern(stated.alpha_pattern, name, stated.alpha),
+                    rslora=stated.rslora,
+                )
+    if not found:
+        raise UserError(
+            f"target_modules {settings['target_modules']!r} match no module of this model, such as "
+            + _module("attn/q_proj", 0, arch)
+        )
+    return found
 
 
-def _peft_name(path: str, arch: Arch) -> str:
-    return "base_model.model." + names(arch, "hf")[f"{path}/w"].removesuffix(".weight")
+def _targeted(settings: dict[str, Any], name: str) -> bool:
+    """Does PEFT adapt the module? As its check_target_module_exists."""
+
+    def named(by: list[str] | str) -> bool:
+        if isinstance(by, str):
+            return bool(re.fullmatch(by, name))
+        return any(name == t or name.endswith(f".{t}") for t in by)
+
+    if named(settings.get("exclude_modules") or []) or not named(settings["target_modules"]):
+        return False
+    layers, targets = settings.get("layers_to_transform"), settings["target_modules"]
+    if isinstance(targets, str) or name in targets or layers is None or layers == []:
+        return True
+    within = settings.get("layers_pattern") or "[^.]*"
+    for pattern in [within] if isinstance(within, str) else within:
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
+            return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def _pattern(pairs: tuple[tuple[str, Any], ...], name: str, default: Any) -> Any:
+    """The value of the first key that PEFT's get_pattern_key finds in the module's name."""
+    return next((v for key, v in pairs if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _paths(arch: Arch) -> list[str]:
+    """Our path of every module that can be adapted."""
+    every = names(arch, "hf")
+    return [p[len("layers/") : -len("/w")] for p in every if re.fullmatch("layers/.*/w", p)]
+
+
+def _module(path: str, layer: int, arch: Arch) -> str:
+    """'attn/q_proj' -> 'model.layers.0.self_attn.q_proj'."""
+    return names(arch, "hf")[f"layers/{path}/w"].removesuffix(".weight").format(i=layer)
+
+
+def _means(config: LoRAConfig, lora: dict[str, Any]) -> tuple[Any, ...]:
+    """What an adapter's settings come to, however they are spelled."""
+    scales = {path: (config.rank_of(path), config.scale_of(path)) for path in modules(lora)}
+    return config.variant, scales
 
 
 def _equal(x: dict[str, Any], y: dict[str, Any]) -> bool:
@@ -180,6 +265,9 @@ def _equal(x: dict[str, Any], y: dict[str, Any]) -> bool:
 
 
 def _config_json(lora: dict[str, Any], config: LoRAConfig, base: str) -> dict[str, Any]:
+    last = {path: path.rsplit("/", 1)[-1] for path in modules(lora)}
+    ranks = {name: config.rank_of(path) for path, name in last.items()}
+    alphas = {name: config.alpha_of(path) for path, name in last.items()}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -188,11 +276,11 @@ def _config_json(lora: dict[str, Any], config: LoRAConfig, base: str) -> dict[st
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "bias": "none",
-        "target_modules": sorted(p.rsplit("/", 1)[-1] for p in _modules(lora)),
+        "target_modules": sorted(last.values()),
         "use_rslora": config.rslora,
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "use_dora": config.variant == "dora",
+        "rank_pattern": {name: r for name, r in ranks.items() if r != config.rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != config.alpha},
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,

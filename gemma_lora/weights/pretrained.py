@@ -16,7 +16,7 @@ from gemma_lora.files import sha256 as file_sha256
 from gemma_lora.model import Transformer
 from gemma_lora.sharding import tree_shardings
 from gemma_lora.tokenizer import Tokenizer
-from gemma_lora.weights import gguf, hf, mapping
+from gemma_lora.weights import gguf, hf, hub, keras, mapping, orbax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,95 +25,195 @@ class Pretrained:
 
     arch: Arch
     tensors: mapping.Tensors
-    form: str  # the column of mapping.NAMES
+    form: str  # a name of mapping.FORMS
     tokenizer: Callable[[], Tokenizer]
     base_name: str  # what an adapter made on these weights calls its base
-    notice: str  # licence or nothing
+    notice: str  # licence, what is left out, or nothing
+    home: pathlib.Path  # the directory that the files are in
+    stated: dict[str, Any]  # what the files say of the model, in the words of a config.json
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """One format's answer: the tensors, and what its files say of the model."""
+
+    tensors: mapping.Tensors
+    form: str
+    where: pathlib.Path  # what the facts were read from
+    facts: dict[str, Any]  # the fields of Arch that the files state
+    arch: Arch | None  # the arch that they make; None where they do not say enough
+    tokenizer: Callable[[], Tokenizer]
+    fit: Callable[[Arch], Arch] = lambda arch: arch  # the arch with the file's number of words
+    vision: int = 0  # tensors of image parts, left out
+    stated: dict[str, Any] = dataclasses.field(default_factory=dict)  # as in Pretrained
 
 
 def open_weights(weights: str, arch: str, sha256: str = "", tokenizer: str = "") -> Pretrained:
-    """Opens config.weights: 'demo', a .gguf or .safetensors file, or a Hugging Face directory.
+    """Opens config.weights: one of CHOICES.
 
-    arch is a name of ARCHS, or 'auto': from the config.json beside the weights. Raises UserError
-    for missing, corrupt or foreign files, a wrong sha256, or facts that contradict the arch.
+    arch is a name of ARCHS, or 'auto': what the files say of themselves. Raises UserError for
+    missing, corrupt or foreign files, a wrong sha256, or facts that contradict the arch.
     """
-    notice, base_name, named = "", weights, weights
+    notice, base_name = "", weights
+    source, colon, name = weights.partition(":")
     if weights == "demo":
-        if arch != "gemma3_270m":
+        if arch not in ("gemma3_270m", "auto"):
             raise UserError(f"the demo weights are of arch gemma3_270m, but the config says {arch}")
-        notice, base_name, named = gguf.DEMO_LICENCE, "google/gemma-3-270m", str(gguf.demo_path())
-    path = pathlib.Path(named).expanduser()
-    if not path.exists():
-        home = path.parent
-        files = [*home.glob("*.gguf"), *home.glob("*.safetensors")]
-        there = [p.name for p in (*files, *(f.parent for f in home.glob("*/config.json")))]
-        raise UserError(
-            f"weights {weights!r} do not exist: expected 'demo', a .gguf or .safetensors file, or "
-            f"a Hugging Face directory; {nearest(path.name, there) if there else ''}".rstrip("; ")
-        )
+        notice, base_name, path = gguf.DEMO_LICENCE, "google/gemma-3-270m", gguf.demo_path()
+    elif colon and source in _FETCH:
+        path = _FETCH[source](name)
+        if source == "hf":
+            base_name = name.partition("@")[0]
+    else:
+        path = pathlib.Path(weights).expanduser()
+    opener = _opener(weights, path)
     if sha256:
         if path.is_dir():
             raise UserError("weights_sha256 is given, but the weights are a directory, not a file")
         if (got := file_sha256(path)) != sha256.lower():
             raise UserError(f"{path} has sha256 {got}, expected {sha256.lower()}")
-    if path.suffix == ".gguf":
-        return _gguf(path, arch, tokenizer, base_name, notice)
-    home = path if path.is_dir() else path.parent
-    facts = home / "config.json"
-    if facts.exists():
-        try:
-            stated = dict(json.loads(facts.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as e:
-            raise UserError(f"{facts} is corrupt: expected a JSON object ({e})") from e
-        found = Arch.from_hf(stated)
-        chosen = found if arch == "auto" else get_arch(arch)
-        _agree(dataclasses.asdict(chosen), dataclasses.asdict(found), arch, facts)
-    elif arch == "auto":
-        raise UserError(f"arch is 'auto', but there is no config.json in {home}")
-    else:
-        chosen = get_arch(arch)
+    opened = opener(path)
+    chosen = opened.arch if arch == "auto" else get_arch(arch)
+    if chosen is None:
+        raise UserError(
+            f"arch is 'auto', but {opened.where} does not say which model this is; give one of "
+            f"{', '.join(ARCHS)}"
+        )
+    wrong = [
+        f"{k} is {stated}, arch says {getattr(chosen, k)}"
+        for k, stated in opened.facts.items()
+        if stated != getattr(chosen, k)
+    ]
+    if wrong:
+        raise UserError(f"{opened.where} is not of arch {arch}: {'; '.join(wrong)}")
+    if opened.vision:
+        notice = f"Text only: {opened.vision} tensors of its image parts are left out"
     return Pretrained(
-        chosen,
-        hf.Safetensors(path),
-        "hf",
-        lambda: _tokenizer(tokenizer) if tokenizer else Tokenizer.from_dir(home),
+        opened.fit(chosen),
+        opened.tensors,
+        opened.form,
+        (lambda: _tokenizer(tokenizer)) if tokenizer else opened.tokenizer,
         base_name,
         notice,
+        path if path.is_dir() else path.parent,
+        opened.stated,
     )
 
 
-def _gguf(path: pathlib.Path, arch: str, tokenizer: str, base: str, notice: str) -> Pretrained:
+# ---- one function a format ------------------------------------------------------------------
+
+
+def _hf(path: pathlib.Path) -> _Opened:
+    home = path if path.is_dir() else path.parent
+    config, found, stated = home / "config.json", None, {}
+    if config.exists():
+        try:
+            stated = dict(json.loads(config.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as e:
+            raise UserError(f"{config} is corrupt: expected a JSON object ({e})") from e
+        found = Arch.from_hf(stated)
+    facts = dataclasses.asdict(found) if found else {}
+    tensors = hf.Safetensors(path)
+    from_dir = lambda: Tokenizer.from_dir(home)  # noqa: E731
+    stated |= stated.get("text_config", {})  # multimodal Gemma 3
+    return _Opened(
+        tensors, "hf", config, facts, found, from_dir, vision=tensors.vision, stated=stated
+    )
+
+
+def _gguf(path: pathlib.Path) -> _Opened:
     file = gguf.GGUFFile(path)
-    if arch == "auto":
-        raise UserError(
-            f"arch 'auto' needs a config.json, which a .gguf file has not; give one of "
-            f"{', '.join(ARCHS)}"
-        )
-    chosen = get_arch(arch)
-    kind = file.metadata.get("general.architecture", "?")
-    if kind != chosen.family.removesuffix("_text"):
-        raise UserError(f"{path} holds a {kind} model, but arch {arch} is of {chosen.family}")
-    keys = {
-        "layers": "block_count",
-        "embed": "embedding_length",
-        "hidden": "feed_forward_length",
-        "heads": "attention.head_count",
-        "kv_heads": "attention.head_count_kv",
-        "head_dim": "attention.key_length",
-        "rope_base": "rope.freq_base",
-        "window": "attention.sliding_window",
-    }
-    stated = {k: file.metadata.get(f"{kind}.{theirs}") for k, theirs in keys.items()}
-    stated = {k: v for k, v in stated.items() if v is not None}
-    ours = dataclasses.asdict(chosen)
-    _agree({k: ours[k] for k in stated}, stated, arch, path)
-    return Pretrained(
-        chosen,
+    stated = file.config()
+    found = Arch.from_hf(stated)
+    facts = dataclasses.asdict(found)
+    # llama.cpp's files do not state the first, and have only the words that the tokenizer has.
+    del facts["query_scale"], facts["vocab"]
+    listed = _listed(facts)
+    return _Opened(
         file,
         "gguf",
-        lambda: _tokenizer(tokenizer) if tokenizer else Tokenizer.from_gguf(file.metadata),
-        base,
-        notice,
+        path,
+        facts,
+        listed or dataclasses.replace(found, query_scale=float(found.head_dim)),
+        lambda: Tokenizer.from_gguf(file.metadata),
+        lambda arch: dataclasses.replace(arch, vocab=min(arch.vocab, found.vocab)),
+        stated=stated,
+    )
+
+
+def _flax(path: pathlib.Path) -> _Opened:
+    home = orbax.find(path)
+    tensors = orbax.Orbax(home)
+    facts = tensors.facts()
+    return _Opened(
+        tensors,
+        "flax",
+        home,
+        facts,
+        _listed(facts),
+        lambda: Tokenizer.from_dir(home),
+        lambda arch: dataclasses.replace(arch, vocab=tensors.keep_rows(arch.vocab)),
+        tensors.vision,
+    )
+
+
+def _keras(path: pathlib.Path) -> _Opened:
+    preset = keras.KerasPreset(path)
+    found = Arch.from_hf(preset.arch)
+    facts = dataclasses.asdict(found)
+    del facts["vocab"]  # Gemma 3 lacks the words that transformers adds for images
+    return _Opened(
+        preset,
+        preset.form,
+        path,
+        facts,
+        found,
+        lambda: Tokenizer.from_dir(path),
+        lambda arch: dataclasses.replace(arch, vocab=min(arch.vocab, found.vocab)),
+    )
+
+
+_FETCH: dict[str, Callable[[str], pathlib.Path]] = {
+    "hf": hub.hugging_face,
+    "kaggle": hub.kaggle,
+    "keras": keras.fetch,
+}
+_FILES = {".gguf": _gguf, ".safetensors": _hf}
+_DIRECTORIES = {
+    "*.safetensors*": _hf,
+    "_METADATA": _flax,
+    "*/_METADATA": _flax,
+    "model.weights.*": _keras,
+}
+CHOICES = (
+    "'demo', hf:ORG/NAME, kaggle:OWNER/MODEL/flax/VARIATION, keras:PRESET, a .gguf or .safetensors "
+    "file, or a directory of Hugging Face files, of an official Flax checkpoint or a Keras preset"
+)
+
+
+def _opener(weights: str, path: pathlib.Path) -> Callable[[pathlib.Path], _Opened]:
+    """The function that opens the file or directory; raises UserError where there is none."""
+    if not path.exists():
+        home = path.parent
+        files = [*home.glob("*.gguf"), *home.glob("*.safetensors")]
+        there = [p.name for p in (*files, *(f.parent for f in home.glob("*/config.json")))]
+        hint = f"; {nearest(path.name, there)}" if there else ""
+        raise UserError(f"weights {weights!r} do not exist: expected {CHOICES}{hint}")
+    if path.is_dir():
+        for pattern, opener in _DIRECTORIES.items():
+            if any(path.glob(pattern)):
+                return opener
+        patterns = ", ".join(_DIRECTORIES)
+        raise UserError(f"no weights in {path}: expected one of {patterns} there")
+    if path.suffix not in _FILES:
+        raise UserError(f"{path} is no weights file: expected {' or '.join(_FILES)}")
+    return _FILES[path.suffix]
+
+
+def _listed(facts: dict[str, Any]) -> Arch | None:
+    """The arch of ARCHS that has all of these fields."""
+    return next(
+        (a for a in ARCHS.values() if all(getattr(a, k) == v for k, v in facts.items())), None
     )
 
 
@@ -121,10 +221,7 @@ def _tokenizer(path: str) -> Tokenizer:
     return (Tokenizer.from_dir if pathlib.Path(path).is_dir() else Tokenizer.from_file)(path)
 
 
-def _agree(ours: dict[str, Any], theirs: dict[str, Any], arch: str, where: pathlib.Path) -> None:
-    wrong = [f"{k} is {theirs[k]}, arch says {ours[k]}" for k in theirs if ours[k] != theirs[k]]
-    if wrong:
-        raise UserError(f"{where} is not of arch {arch}: {'; '.join(wrong)}")
+# ---- onto the devices -----------------------------------------------------------------------
 
 
 def load_base(pretrained: Pretrained, model: Transformer, mesh: Mesh) -> dict[str, Any]:
@@ -142,4 +239,4 @@ def load_base(pretrained: Pretrained, model: Transformer, mesh: Mesh) -> dict[st
 def build_model(arch: Arch, config: Any, wrap: Callable) -> Transformer:
     """The model a config describes."""
     dtype = jnp.dtype(config.dtype)
-    return Transformer(arch, dtype, dtype, wrap, config.remat, config.unroll)
+    return Transformer(arch, dtype, dtype, wrap, config.remat, config.unroll, config.quantize)

@@ -1,0 +1,80 @@
+"""The statistics of a report: intervals, paired tests, trends. Numbers in, numbers out."""
+
+import math
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+RESAMPLES = 10_000
+
+
+def bootstrap(before: dict[str, np.ndarray], after: dict[str, np.ndarray], seed: int) -> np.ndarray:
+    """[RESAMPLES, 2]: after - before of loss and of token accuracy, each resample's own ratio.
+
+    A resample draws as many examples as there are, the same ones before and after (paired), and
+    weighs them by tokens. NaN for a single example, or where a loss is not finite.
+    """
+    deltas = [after[k] - before[k] for k in ("nll", "correct")]
+    columns = np.stack([*deltas, before["tokens"]], 1).astype(np.float64)
+    n = len(columns)
+    if n < 2 or not np.isfinite(columns).all():
+        return np.full((RESAMPLES, 2), np.nan)
+    rng, chunk, sums = np.random.default_rng(seed), 100, []
+    for _ in range(RESAMPLES // chunk):
+        drawn = rng.integers(n, size=(chunk, n)) + n * np.arange(chunk)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=chunk * n).reshape(chunk, n)
+        sums.append(weights @ columns)
+    total = np.concatenate(sums)
+    return total[:, :2] / total[:, 2:]
+
+
+def interval(draws: np.ndarray) -> list[float] | None:
+    """[lo, hi], the central 95 % of the draws; None where they are not finite."""
+    return np.quantile(draws, [0.025, 0.975]).tolist() if np.isfinite(draws).all() else None
+
+
+def wilson(right: np.ndarray) -> list[float]:
+    """The 95 % Wilson score interval of a share, from one bool an example."""
+    found = scipy.stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+    return [float(found.low), float(found.high)]
+
+
+def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
+    """Exact two-sided p of McNemar's test: are right -> wrong and wrong -> right equally likely.
+
+    before and after: one bool for each of the same examples. 1 where nothing changed.
+    """
+    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    return float(scipy.stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Rank correlation, ties share their mean rank; NaN where one does not vary."""
+    if len(np.unique(x)) < 2 or len(np.unique(y)) < 2:
+        return math.nan
+    return float(scipy.stats.spearmanr(x, y).statistic)
+
+
+def trend(steps: np.ndarray, losses: np.ndarray) -> dict[str, Any] | None:
+    """Trend of the last max(10, 20 %) steps with a finite loss; None with fewer than ten."""
+    steps, losses = steps[np.isfinite(losses)], losses[np.isfinite(losses)]
+    if len(steps) < 10:
+        return None
+    window = max(10, math.ceil(0.2 * len(steps)))
+    steps, losses = steps[-window:], losses[-window:]
+    fit = scipy.stats.linregress(steps, losses)
+    residual = losses - (fit.intercept + fit.slope * steps)
+    squares = residual @ residual
+    r = float(residual[1:] @ residual[:-1] / squares) if squares else 0.0
+    error = fit.stderr * math.sqrt(max(1.0, (1 + r) / (1 - r)))
+    half = float(error * scipy.stats.t.ppf(0.975, window - 2))
+    return {
+        "steps": [int(steps[0]), int(steps[-1])],
+        "autocorrelation": r,
+        "reduction": float(-fit.slope * (steps[-1] - steps[0])),
+        "slope_per_100_steps": 100 * float(fit.slope),
+        "interval": [100 * (float(fit.slope) - half), 100 * (float(fit.slope) + half)],
+        "method": "least squares; 95 % interval from the regression's standard error, widened by "
+        "sqrt((1 + r) / (1 - r)) where the residuals' lag-1 autocorrelation r is positive",
+    }

@@ -1,0 +1,115 @@
+"""The text that templates make of rows, and where its parts are."""
+
+import pytest
+
+from gemma_lora.data.templates import CHAT_TEMPLATES, TEMPLATES, choose, render
+from gemma_lora.errors import UserError
+
+WORDS = ("negative", "positive")
+
+
+def made(row, template="", labels=WORDS, chat=False):
+    variants = choose(template, row, "x.jsonl", labels, chat)
+    return render(variants, row, labels, "x.jsonl, row 7")
+
+
+def show(row, template="", **kwargs):
+    """(prompt, completion)."""
+    r = made(row, template, **kwargs)
+    return r.text[: r.completion], r.text[r.completion :]
+
+
+def message(call, *args, **kwargs):
+    with pytest.raises(UserError) as e:
+        call(*args, **kwargs)
+    return str(e.value)
+
+
+def test_templates_are_chosen_by_fields():
+    assert show({"id": "a", "question": "q", "answer": "a"}) == ("Question: q\nAnswer: ", "a")
+    assert show({"prompt": "p", "completion": "c"}) == ("p", "c")
+    assert show({"text": "good", "label": 1}) == ("Review: good\nSentiment: ", "positive")
+    assert show({"text": "good", "label": 0})[1] == "negative"
+    assert show({"text": "good", "label": "mixed"})[1] == "mixed"
+    prompt, completion = show({"instruction": "i", "input": "x", "output": "o"})
+    assert "### Input:\nx\n" in prompt and completion == "o"
+
+
+def test_every_kind_of_row_has_a_prompt_for_chat():
+    assert CHAT_TEMPLATES.keys() == TEMPLATES.keys()
+    row = {"text": "good", "label": 1}
+    prompt, completion = show(row, chat=True, labels=("{bad}", "good"))
+    assert prompt == "Classify the text as one of: {bad}, good.\n\ngood" and completion == "good"
+
+
+@pytest.mark.parametrize("empty", [{}, {"input": ""}, {"input": None}])
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_variant_without_the_empty_input(empty, chat):
+    prompt, completion = show({"instruction": "i", "output": "o"} | empty, chat=chat)
+    assert "Input" not in prompt and "None" not in prompt
+    assert prompt == "i" if chat else "### Instruction:\ni\n" in prompt
+    assert completion == "o"
+
+
+def test_completion_begins_at_the_last_field():
+    row = {"q": "{answer} and {q}", "a": "{}"}
+    assert show(row, "Q {q} A {a} end") == ("Q {answer} and {q} A ", "{} end")
+    # Literal braces survive, also where they look like the last field.
+    assert show(row, "{{q}} {q} = {a} {{a}}") == ("{q} {answer} and {q} = ", "{} {a}")
+    assert show(row, "{a}{a}") == ("{}", "{}")
+    assert show({"my field": 1.5, "b-c": True}, "{my field}{b-c}") == ("1.5", "True")
+
+
+def test_the_longest_field_of_the_prompt():
+    row = {"a": "abc", "b": "abcdef", "c": "a longer one", "d": ""}
+    for template, field in (
+        ("{a} {b} {a}: {c}", "abcdef"),
+        ("{a}: {c} {d}", "a longer one"),
+        ("({c})", ""),
+        ("{d}: {c}", ""),
+    ):
+        r = made(row, template)
+        assert r.text[slice(*r.field)] == field and r.field[1] <= r.completion
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "label"),
+    [
+        ({"text": "t", "label": 1}, "", 1),
+        ({"text": "t", "label": False}, "", 0),
+        ({"text": "t", "label": "positive"}, "", 1),
+        ({"text": "t", "label": "Positive"}, "", -1),
+        ({"text": "t", "label": 1}, "{text}: {label}!", 1),
+        ({"text": "positive", "label": 1}, "{label}: {text}", -1),
+        ({"question": "q", "answer": "positive"}, "", -1),
+    ],
+)
+def test_the_label_of_a_row(row, template, label):
+    assert made(row, template).label == label
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{}", "{0}", "{q.x}", "{q[0]}", "{q:>10}", "{q!r}", "{q:{a}}", "{ q.__class__ }", "{q} {"],
+)
+def test_only_plain_fields(template):
+    text = message(made, {"q": "1", "a": "2"}, template)
+    assert "data.template" in text and repr(template) in text
+
+
+def test_template_errors():
+    row = {"question": "q", "answer": "a"}
+    assert "has no {field}" in message(made, row, "{{question}}")
+    text = message(made, row, "{question}{anwser}")
+    assert "anwser" in text and "question, answer" in text and "x.jsonl" in text
+    text = message(made, {"body": "x"})
+    assert "body" in text and "question/answer" in text and "--config.data.template" in text
+    for broken in ({"question": "q"}, {"question": "q", "answer": None}):
+        text = message(render, TEMPLATES["question", "answer"], broken, (), "x.jsonl, row 7")
+        assert "x.jsonl, row 7: field 'answer' is missing" in text
+    for value in ([], {}, b"x"):
+        text = message(made, {"question": "q", "answer": value})
+        assert "x.jsonl, row 7: field 'answer' is a" in text and "expected text" in text
+    for label in (2, -1):
+        text = message(made, {"text": "t", "label": label})
+        assert f"label {label}, but data.labels has 2 words, ('negative', 'positive')" in text
