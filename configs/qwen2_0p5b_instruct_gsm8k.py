@@ -10,5 +10,5 @@ def get_config():
     c.seed = 42
     c.data.source = "tfds:gsm8k"
     c.data.chat = True
-    c.data.seq_len = 576  # holds every problem: the longest has 544 tokens in Gemma's vocabulary
+    c.data.seq_len = 640  # the longest problem has 544 tokens in Gemma's vocabulary; and the turns
     return c

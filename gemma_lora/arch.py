@@ -72,6 +72,12 @@ class Arch:
         fields["tied"] = config.get("tie_word_embeddings", fields["tied"])
         if config.get("use_bidirectional_attention"):
             raise UserError("config.json: use_bidirectional_attention is true, expected false")
+        for key, allowed in _HF_ACTIVATIONS[fields.get("gelu", True)].items():
+            if config.get(key) not in (None, *allowed):
+                raise UserError(
+                    f"config.json: {key} of a {family} model is {config[key]!r}, expected "
+                    f"{allowed[0]!r}"
+                )
         for ours, theirs in _HF_SOFTCAPS.items():
             if theirs in config:
                 fields[ours] = config[theirs] or 0.0
@@ -122,6 +128,14 @@ _HF_SIZES = {
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
     "hidden": "intermediate_size",
+}
+# Arch.gelu -> key -> what it may say. Old files of Gemma 1 say gelu and mean the tanh form.
+_HF_ACTIVATIONS = {
+    True: {
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "hidden_act": ("gelu_pytorch_tanh", "gelu"),
+    },
+    False: {"hidden_act": ("silu",), "hidden_activation": ("silu",)},
 }
 _HF_SOFTCAPS = {
     "attn_softcap": "attn_logit_softcapping",

@@ -129,6 +129,15 @@ def check(config: ConfigDict) -> None:
         )
     if t.eval_every > 1 and t.eval_every != int(t.eval_every):
         raise UserError(f"train.eval_every {t.eval_every}: above 1 it is steps, a whole number")
+    words = list(d.labels)
+    if (
+        not words
+        or len(set(words)) < len(words)
+        or not all(isinstance(x, str) and x for x in words)
+    ):
+        raise UserError(
+            f"data.labels is {tuple(words)}, expected different words, such as ('bad', 'good')"
+        )
     if not 0 < d.validation_fraction < 1:
         raise UserError(f"data.validation_fraction is {d.validation_fraction}, expected in (0, 1)")
 

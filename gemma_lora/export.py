@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_lora import config as configs
 from gemma_lora.arch import Arch
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.lora import LoRAConfig, merge, merged, modules
@@ -70,7 +71,7 @@ class Tuned:
 
     pretrained: Pretrained
     tokenizer: Tokenizer
-    tokenizer_home: pathlib.Path  # the directory it came from, or a file
+    tokenizer_home: pathlib.Path | None  # where it came from, if from Hugging Face's files
     config: LoRAConfig
     lora: dict[str, Any]
 
@@ -110,12 +111,15 @@ def export(
         )
     pretrained = open_weights(run["weights"], run["arch"], run["weights_sha256"], run["tokenizer"])
     config, lora = peft.read(workdir / "adapter", pretrained.arch)
-    home = pathlib.Path(run["tokenizer"]).expanduser() if run["tokenizer"] else pretrained.home
+    home = pathlib.Path(run["tokenizer"]).expanduser() if run["tokenizer"] else None
+    if home is None and pretrained.form == "hf":
+        home = pretrained.home
     tuned = Tuned(pretrained, pretrained.tokenizer(), home, config, lora)
     facts = {"to": out, "base": f"{run['weights']}. {pretrained.notice}".rstrip(". ")}
     with _appears(out) as directory:
         if form == "peft":
-            peft.export(directory, lora, config, pretrained.arch, pretrained.base_name)
+            base_name, inner = pretrained.base_name, pretrained.inner
+            peft.export(directory, lora, config, pretrained.arch, base_name, inner)
             return facts | check_adapter(tuned, directory)
         dtype = dtype or run["dtype"]
         sums = write_merged(tuned, directory, dtype, shard_gb or SHARD_GB)
@@ -152,6 +156,13 @@ def _appears(out: pathlib.Path) -> Iterator[pathlib.Path]:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as e:
         raise UserError(f"--out {out} cannot be written: {e}") from e
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        raise UserError(
+            "nothing was exported: the devices cannot hold the float32 copies of the model that "
+            "the check compares; run it on the host: JAX_PLATFORMS=cpu python -m gemma_lora.export"
+        ) from e
 
 
 # ---- writing --------------------------------------------------------------------------------
@@ -242,12 +253,13 @@ def _write_small_files(tuned: Tuned, directory: pathlib.Path, dtype: str) -> Non
     config = tuned.pretrained.arch.to_hf() | {"torch_dtype": dtype} | ids
     config |= {k: stated[k] for k in (*KEPT, *ids) if k in stated}
     _write_json(directory / "config.json", config)
-    if not (tuned.tokenizer_home / "tokenizer_config.json").exists():
+    home = tuned.tokenizer_home
+    if home is None or not (home / "tokenizer_config.json").exists():
         t.save(directory)
         return
     for file in TOKENIZER_FILES:
-        if (tuned.tokenizer_home / file).exists():
-            shutil.copy(tuned.tokenizer_home / file, directory)
+        if (home / file).exists():
+            shutil.copy(home / file, directory)
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
@@ -264,7 +276,11 @@ def check_adapter(tuned: Tuned, directory: pathlib.Path) -> dict[str, str]:
     base = load_base(tuned.pretrained, Transformer(arch), _mesh())
     expected = _logits(Transformer(arch, wrap=tuned.config), base, tuned.lora, rows)
     got = _logits(Transformer(arch, wrap=config), base, lora, rows)
-    return {"check": _within("the adapter as read back", np.abs(got - expected), rows)}
+    moved = np.abs(got - _logits(Transformer(arch), base, {}, rows)).max()
+    return {
+        "check": _within("the adapter as read back", got - expected, rows, LIMIT),
+        "effect": f"it moves a logit of the base by up to {moved:.1e}",
+    }
 
 
 def check_merged(
@@ -275,7 +291,8 @@ def check_merged(
     Every tensor must have the bytes that were written, and the logits must be those of the unmerged
     model but for `LIMIT` and, in bfloat16, for what rounding does. That is measured: the logits of
     a model merged on the devices, rounded, minus those of the same model before. It is zero for
-    float32.
+    float32. Where the two merges differ in the last place of float32 a few weights round the other
+    way, which may come to a twentieth of the measured effect.
     """
     arch, mesh, rows = tuned.pretrained.arch, _mesh(), _rows(tuned.tokenizer)
     again = open_weights(str(directory), "auto")
@@ -300,17 +317,18 @@ def check_merged(
     rounding = _logits(plain, params, {}, rows) - exact
     del params
     difference = _logits(plain, load_base(again, plain, mesh), {}, rows) - expected
-    facts = {"check": _within("the model as loaded again", np.abs(difference - rounding), rows)}
-    if rounding.any():
-        facts["rounding"] = (
-            f"to {dtype} moves a logit by up to {np.abs(rounding).max():.1e}, not counted above"
-        )
+    by_rounding = np.abs(rounding).max()
+    limit = LIMIT + by_rounding / 20
+    facts = {"check": _within("the model as loaded again", difference - rounding, rows, limit)}
+    if by_rounding:
+        moves = f"to {dtype} moves a logit by up to {by_rounding:.1e}, not counted above"
+        facts["rounding"] = moves
     return facts | {"weights": f"{len(sums)} tensors, {dtype}"}
 
 
 def _mesh() -> jax.sharding.Mesh:
     """All devices share the weights."""
-    return make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+    return make_mesh(configs.default().mesh)
 
 
 def _rows(tokenizer: Tokenizer) -> np.ndarray:
@@ -333,13 +351,13 @@ def _forward(model: Transformer, params: Any, lora: Any, rows: jax.Array) -> jax
     return logits(hidden, head_weight(params, model.arch), model.arch, model.dtype)
 
 
-def _within(what: str, differences: np.ndarray, rows: np.ndarray) -> str:
-    """A sentence on the largest difference; raises UserError where it is over LIMIT, or NaN."""
-    largest = differences.max()
+def _within(what: str, differences: np.ndarray, rows: np.ndarray, limit: float) -> str:
+    """A sentence on the largest difference; raises UserError where it is over limit, or NaN."""
+    largest = np.abs(differences).max()
     found = f"logits of {what} differ from base + adapter by at most {largest:.1e}"
-    if not largest <= LIMIT:
-        raise UserError(f"nothing was exported: {found}, expected at most {LIMIT:.0e}")
-    return f"{found} (limit {LIMIT:.0e}) over {rows.size} tokens"
+    if not largest <= limit:
+        raise UserError(f"nothing was exported: {found}, expected at most {limit:.1e}")
+    return f"{found} (limit {limit:.1e}) over {rows.size} tokens"
 
 
 def main() -> None:

@@ -73,7 +73,12 @@ class LoRAConfig:
     @property
     def reads_base(self) -> bool:
         """Does step 0 depend on the base weights, so that `from_base` must be called."""
-        return bool(INITS[self.init] or VARIANTS[self.variant].start)
+        return bool(self.changes_base or VARIANTS[self.variant].start)
+
+    @property
+    def changes_base(self) -> bool:
+        """Does `from_base` change the base weights."""
+        return bool(INITS[self.init])
 
     def rank_of(self, path: str) -> int:
         return _first(self.rank_pattern, path, self.rank)
@@ -93,7 +98,7 @@ class LoRAConfig:
     def __call__(self, base: nn.Module, path: str) -> nn.Module:
         if not self.matches(path):
             return base
-        if INITS[self.init] and base.quantize:
+        if self.changes_base and base.quantize:
             raise UserError(
                 f"lora.init {self.init!r} changes the base weights, which {base.quantize} cannot "
                 "hold exactly; expected lora.init 'kaiming' or quantize ''"
@@ -244,7 +249,7 @@ def on_original_base(
     initial: what from_base returned as lora. s (A B - A0 B0) is the product of [A, A0] and
     [B; -B0] at the same scale and twice the rank. Identity for an init that leaves the base alone.
     """
-    if not INITS[config.init]:
+    if not config.changes_base:
         return config, lora
 
     def double(pairs, factor):

@@ -3,7 +3,8 @@
     python -m gemma_lora.report --workdir DIR
 
 Losses are token-weighted means over a fixed set, in nats per token, dropout off. start is the eval
-of step 0 (the adapter is zero: the base model), best the eval with the lowest validation loss.
+of step 0 (the base model; after PiSSA, whose base is rounded anew, but for that rounding), best the
+eval with the lowest validation loss.
 """
 
 import argparse
@@ -324,7 +325,7 @@ def markdown(report: dict[str, Any]) -> str:
 
     def compared(*names: str, more: tuple[str, ...] = ()) -> str:
         keys, paths = ("start", "best", "last", *more), [f"{s}.{n}" for n in names for s in SPLITS]
-        rows = [[p, *(values[f"{p}.{k}"] for k in keys)] for p in paths]
+        rows = [[p, *(values.get(f"{p}.{k}") for k in keys)] for p in paths]
         return "\n".join(map(line, [["", *keys], ["---"] * (1 + len(keys)), *rows]))
 
     def example(x: dict[str, Any]) -> str:

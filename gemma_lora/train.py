@@ -73,14 +73,14 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax")}
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     name = arch.family if config.arch == "auto" else config.arch
+    ranks = dict.fromkeys(f"r {wrap.rank_of(p)} scale {wrap.scale_of(p):g}" for p in adapted)
     banner(
         "model",
         {
             "arch": f"{name}: {count(abstract['params']):,} frozen parameters",
             "weights": f"{config.weights}. {pretrained.notice}".rstrip(". "),
             "adapters": f"{count(abstract['lora']):,} trainable parameters; "
-            f"{wrap.variant}, r {wrap.rank}, scale {wrap.scale:g}, dropout {wrap.dropout:g}, "
-            f"init {wrap.init}",
+            f"{wrap.variant}, {', '.join(ranks)}, dropout {wrap.dropout:g}, init {wrap.init}",
             "adapted": ", ".join(adapted),
             "dtype": f"{config.dtype}, base matrices {config.quantize or config.dtype}, adapters "
             f"float32; remat {config.remat}",
@@ -107,9 +107,13 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     state = init_state(model, tx, config.seed, mesh)
     initial = None
     if wrap.reads_base:
-        # Also where a run continues: the base that PiSSA leaves is made anew from the given one.
-        base, initial = _from_base(wrap, base, state.lora)
-        state = state.replace(lora=jax.tree.map(jnp.copy, initial))
+        say(f"   starting {wrap.variant}, init {wrap.init}, from the base weights ...")
+        with mark("start adapters"):
+            # Also where a run continues: what PiSSA leaves of the base is made anew.
+            base, lora = jax.block_until_ready(_from_base(wrap, base, state.lora))
+        state = state.replace(lora=lora)
+        if wrap.changes_base:
+            initial = jax.tree.map(jnp.copy, lora)
     checkpoints = Checkpoints(workdir / "checkpoints")
     notes: dict[str, Any] = {
         "data": train_set.fingerprint() + validation.fingerprint(),
@@ -308,7 +312,8 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         # Whole on every process, so that the first one can write all of it.
         lora = jax.jit(lambda x: x, out_shardings=replicated(mesh))(lora)
         if jax.process_index() == 0:
-            peft.export(workdir / "adapter", lora, exported, arch, pretrained.base_name)
+            base_name, inner = pretrained.base_name, pretrained.inner
+            peft.export(workdir / "adapter", lora, exported, arch, base_name, inner)
     written = report.write(workdir) if jax.process_index() == 0 else {}
     if status == "nan":
         ids = run["nan"]["ids"]

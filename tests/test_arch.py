@@ -163,6 +163,8 @@ def test_local_layers_of_gemma2_share_the_rope_base():
         ({"model_type": "gemma4"}, r"gemma4.*did you mean gemma"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_activation": "gelu"}, "hidden_activation.*'gelu', expected 'gelu_pytorch_tanh'"),
+        ({"hidden_act": "relu"}, "hidden_act of a gemma3_text model is 'relu'"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ],
 )

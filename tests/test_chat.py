@@ -306,13 +306,11 @@ def test_labels_of_examples(tokenizer, as_chat, loss_on):
         assert e.text[e.completion :].startswith(("negative", "positive"))
 
 
-def test_completions_that_are_no_label(tokenizer):
-    rows = [{"text": "t", "label": "neutral"}, {"text": "t", "label": "none"}]
-    found = tokenized(rows, tokenizer, chat=False)
-    assert found.label_tokens == () and [e.label for e in found.examples] == [-1, -1]
-    assert tokenized([*rows, *REVIEWS], tokenizer, chat=False).examples[3].label == 0
-    with pytest.raises(UserError, match=r"r0: label 'neutral' is none of data\.labels"):
-        tokenized(rows, tokenizer)
+def test_a_label_that_is_none_of_the_words(tokenizer):
+    rows = [*REVIEWS, {"text": "t", "label": "neutral"}]
+    for chat_on in (False, True):
+        with pytest.raises(UserError, match=r"r\d+: label 'neutral', but data\.labels has 2 words"):
+            tokenized(rows, tokenizer, chat=chat_on)
     asked = tokenized([{"label": "positive", "text": "t"}], tokenizer, template="{label}: {text}")
     assert asked.label_tokens == () and asked.examples[0].label == -1
 

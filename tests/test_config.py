@@ -74,6 +74,8 @@ def test_every_key_is_read_by_something():
         ("data.batch_size", 0, "at least 1"),
         ("data.batch_size", 3, "not a multiple of train.micro_batches 2"),
         ("data.limit", -1, "at least 0"),
+        ("data.labels", (0, 1), "expected different words"),
+        ("data.labels", ("good", "good"), "expected different words"),
         ("data.validation_fraction", 0.0, "(0, 1)"),
         ("data.validation_fraction", 1.0, "(0, 1)"),
         ("optim.lr", 0.0, "positive"),

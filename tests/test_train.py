@@ -179,6 +179,34 @@ def test_killed_and_rerun_equals_straight(kind, step, straight, inputs, tmp_path
     assert left(tmp_path / "run") == left(straight[0])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora.variant": "dora", "lora.init": "pissa", "lora.rank_pattern": (("v_proj", 2),)},
+        {"lora.variant": "dora", "quantize": "int8"},
+    ],
+    ids=["dora of pissa", "dora on int8"],
+)
+def test_adapters_that_read_the_base(changes, inputs, tmp_path, monkeypatch):
+    """Killed and rerun equals straight; the exported adapter is what was evaluated last."""
+    c = settings(inputs, changes | {"optim.b_lr_ratio": 4.0})
+    tiny_run.run(tmp_path / "straight", c)
+
+    def die():
+        raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        on_record(patch, "train", 5, die)
+        tiny_run.run(tmp_path / "run", c)
+    tiny_run.run(tmp_path / "run", c)
+    assert left(tmp_path / "run") == left(tmp_path / "straight")
+    c.data.path = c.data.validation_path
+    found = evaluate.evaluate(c, tmp_path / "out", tmp_path / "run" / "adapter")
+    loss = read_json(tmp_path / "run" / "report.json")["validation"]["loss"]
+    assert loss["best"] < loss["start"] - 0.1
+    assert math.isclose(found["loss"], loss["best"], rel_tol=1e-5)
+
+
 SIGKILL = """
 import os, pathlib, signal, sys
 sys.path.insert(0, sys.argv[1])

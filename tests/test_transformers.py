@@ -4,6 +4,7 @@ Live only: needs torch and transformers. Sequences are three times as long as th
 """
 
 import copy
+import warnings
 
 import common
 import numpy as np
@@ -11,7 +12,10 @@ import pytest
 import tiny
 from loading import load, logits, same
 
-from gemma_lora.weights.pretrained import open_weights
+from gemma_lora.lora import LoRAConfig
+from gemma_lora.model import Transformer
+from gemma_lora.weights import mapping, peft
+from gemma_lora.weights.pretrained import load_base, open_weights
 
 
 def close(got, want):
@@ -82,11 +86,29 @@ def test_the_text_model_of_multimodal_gemma_3(tmp_path):
     count = sum("vision" in n or "projector" in n for n in model.state_dict())
     assert opened.notice == f"Text only: {count} tensors of its image parts are left out"
 
+    # An adapter of it works in PEFT, where the text model is a part of the model.
+    from peft import PeftModel
+
+    config = LoRAConfig(rank=4, alpha=8.0)
+    lora, adapter = common.adapter("gemma3"), tmp_path / "adapter"
+    peft.export(adapter, lora, config, opened.arch, str(tmp_path), opened.inner)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "error", UserWarning
+        )  # PEFT only warns about names that it does not know
+        tuned = PeftModel.from_pretrained(copy.deepcopy(model), adapter).eval()
+    base = load_base(opened, Transformer(opened.arch), common.one_device())
+    got = common.all_logits(Transformer(opened.arch, wrap=config), base, lora, tiny.tokens())
+    close(got, torch_logits(tuned, tiny.tokens()))
+    assert np.max(np.abs(got - want)) > 1
+    same(mapping.flatten(peft.read(adapter, opened.arch)[1]), mapping.flatten(lora))
+
     # The names inside transformers, which some releases wrote as they are.
     inside = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     from safetensors.torch import save_file
 
+    expected = load(opened)
     (path,) = tmp_path.glob("*.safetensors")
     save_file(inside, path)
     assert any(k.startswith("model.language_model.") for k in inside)
-    same(load(open_weights(str(tmp_path), "auto")), load(opened))
+    same(load(open_weights(str(tmp_path), "auto")), expected)

@@ -45,7 +45,8 @@ class Tokenized:
 
     examples: list[Example]
     # Ids of examples longer than seq_len. One with a label lacks the end of its longest field, and
-    # keeps the label; any other is cut at seq_len, so that its stop token is not trained.
+    # keeps the label if that field is long enough; any other is cut at seq_len, so that its stop
+    # token is not trained.
     truncated: list[str]
     dropped: list[str]  # ids whose prompt fills seq_len: nothing of them carries loss
     label_tokens: tuple[int, ...] = ()  # the first token of each word of data.labels; (): no labels
@@ -82,13 +83,7 @@ def tokenize(rows: list[dict[str, Any]], tokenizer: Tokenizer, data: Any, where:
         at = place(row, where)
         if not data.chat:
             return templates.render(variants, row, labels, at)
-        found = templates.render_chat(variants, row, labels, at, tokenizer.render_chat)
-        if found.label < 0 and not data.template and templates.is_classification(variants):
-            raise UserError(
-                f"{at}: label {row['label']!r} is none of data.labels {labels}, which the prompt "
-                "of data.chat names (on the command line: --config.data.labels=\"('a', 'b')\")"
-            )
-        return found
+        return templates.render_chat(variants, row, labels, at, tokenizer.render_chat)
 
     rendered = [render(row) for row in rows]
     for row, r in zip(rows, rendered, strict=True):

@@ -103,13 +103,8 @@ def render(
         if row.get(field) is None:
             raise UserError(f"{where}: field {field!r} is missing (it has {field_names(row)})")
         value = row[field]
-        if field == "label" and isinstance(value, int):
-            if not 0 <= value < len(labels):
-                raise UserError(
-                    f"{where}: label {value}, but data.labels has {len(labels)} words, {labels} "
-                    "(on the command line: --config.data.labels=\"('a', 'b')\")"
-                )
-            value = labels[value]
+        if field == "label" and isinstance(value, int | float) and int(value) == value:
+            value = labels[int(value)] if 0 <= value < len(labels) else value
         if not isinstance(value, (str, int, float)):
             raise UserError(f"{where}: field {field!r} is a {type(value).__name__}, expected text")
         values[field] = str(value)
@@ -121,8 +116,14 @@ def render(
             text += values[field]
     *prompt, (completion, _) = spans
     longest = max(prompt, key=lambda span: span[1] - span[0], default=(0, 0))
-    word = values["label"] if is_classification(variants) else None
-    return Rendered(text, completion, longest, labels.index(word) if word in labels else -1)
+    if not is_classification(variants):
+        return Rendered(text, completion, longest, -1)
+    if values["label"] not in labels:
+        raise UserError(
+            f"{where}: label {row['label']!r}, but data.labels has {len(labels)} words, {labels} "
+            "(on the command line: --config.data.labels=\"('a', 'b')\")"
+        )
+    return Rendered(text, completion, longest, labels.index(values["label"]))
 
 
 def render_chat(

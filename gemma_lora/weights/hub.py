@@ -44,8 +44,10 @@ def hugging_face(name: str) -> pathlib.Path:
     return pathlib.Path(found)
 
 
-def kaggle(name: str) -> pathlib.Path:
-    """'OWNER/MODEL/flax/VARIATION' (and '/VERSION') -> the local copy's directory.
+def kaggle(name: str, asked: str = "") -> pathlib.Path:
+    """'OWNER/MODEL/FRAMEWORK/VARIATION' (and '/VERSION') -> the local copy's directory.
+
+    asked: what the user wrote, where that is something else.
 
     Raises UserError, with the next step, for a model that needs consent, is absent or out of reach.
     """
@@ -55,27 +57,26 @@ def kaggle(name: str) -> pathlib.Path:
         raise UserError(
             "weights from Kaggle need the kagglehub package; run: pip install '.[kaggle]'"
         ) from None
+    asked = asked or f"kaggle:{name}"
+    if len(name.split("/")) not in (4, 5):
+        raise UserError(
+            f"{asked}: expected kaggle:OWNER/MODEL/flax/VARIATION, such as "
+            "kaggle:google/gemma/flax/2b"
+        )
     page = f"https://www.kaggle.com/models/{'/'.join(name.split('/')[:2])}"
     other = f"or download {page} by other means and give its directory as weights"
     try:
         return pathlib.Path(kagglehub.model_download(name))
-    except ValueError:
-        raise UserError(
-            f"kaggle:{name}: expected kaggle:OWNER/MODEL/flax/VARIATION, such as "
-            "kaggle:google/gemma/flax/2b"
-        ) from None
-    except OSError as e:  # requests' errors are OSErrors
+    except Exception as e:  # kagglehub's own errors and those of requests have no common base
         status = getattr(getattr(e, "response", None), "status_code", None)
         if status in (401, 403):
             raise UserError(
-                f"kaggle:{name}: no permission; accept the licence at {page} and give Kaggle's "
+                f"{asked}: no permission; accept the licence at {page} and give Kaggle's "
                 f"credentials in KAGGLE_API_TOKEN or ~/.kaggle/kaggle.json, {other}"
             ) from None
         if status == 404:
-            raise UserError(f"kaggle:{name}: there is no such model; look at {page}") from None
-        raise UserError(
-            f"kaggle:{name} could not be fetched ({_line(e)}); try again, {other}"
-        ) from None
+            raise UserError(f"{asked}: there is no such model; look at {page}") from None
+        raise UserError(f"{asked} could not be fetched ({_line(e)}); try again, {other}") from None
 
 
 def _line(e: Exception) -> str:

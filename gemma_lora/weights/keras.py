@@ -85,7 +85,8 @@ def fetch(name: str) -> pathlib.Path:
         presets |= getattr(_library().models, backbone).presets
     if name not in presets:
         raise UserError(f"keras:{name}: no such preset, {nearest(name, presets)}")
-    return hub.kaggle(presets[name]["kaggle_handle"].removeprefix("kaggle://"))
+    handle = presets[name]["kaggle_handle"].removeprefix("kaggle://")
+    return hub.kaggle(handle, f"keras:{name}")
 
 
 class KerasPreset:

@@ -55,21 +55,30 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Where a multimodal model of transformers keeps the text model: model.language_model.layers...
+INNER = "language_model."
+
+
 def export(
-    directory: pathlib.Path, lora: dict[str, Any], config: LoRAConfig, arch: Arch, base: str
+    directory: pathlib.Path,
+    lora: dict[str, Any],
+    config: LoRAConfig,
+    arch: Arch,
+    base: str,
+    inner: str = "",
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, atomically, read back and compared.
 
-    lora: our tree as host arrays. Raises RuntimeError (and leaves no directory) if what was read
-    back is not what was written.
+    lora: our tree as host arrays; inner: INNER where the base is a multimodal checkpoint. Raises
+    RuntimeError (and leaves no directory) if what was read back is not what was written.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=".adapter-"))
     try:
-        tensors = to_tensors(lora, arch)
+        tensors = to_tensors(lora, arch, inner)
         file = temporary / "adapter_model.safetensors"
         safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
-        text = json.dumps(_config_json(lora, config, base), indent=2, sort_keys=True)
+        text = json.dumps(_config_json(lora, config, base, inner), indent=2, sort_keys=True)
         (temporary / "adapter_config.json").write_text(text + "\n")
         again, back = read(temporary, arch)
         if not (_means(again, back) == _means(config, lora) and _equal(lora, back)):
@@ -117,7 +126,7 @@ def read(directory: pathlib.Path, arch: Arch) -> tuple[LoRAConfig, dict[str, Any
         raise UserError(f"{directory}: {e}") from e
 
 
-def to_tensors(lora: dict[str, Any], arch: Arch) -> dict[str, np.ndarray]:
+def to_tensors(lora: dict[str, Any], arch: Arch, inner: str = "") -> dict[str, np.ndarray]:
     """Our tree -> PEFT's tensors by name."""
     out = {}
     for path, leaves in modules(lora).items():
@@ -125,7 +134,7 @@ def to_tensors(lora: dict[str, Any], arch: Arch) -> dict[str, np.ndarray]:
         two = {"a": (-1, rank), "b": (rank, -1), "m": (-1,)}
         for leaf, stacked in leaves.items():
             for i, layer in enumerate(np.asarray(stacked)):
-                key = f"base_model.model.{_module(path, i, arch)}.{_PARTS[leaf]}"
+                key = f"base_model.model.{_module(path, i, arch, inner)}.{_PARTS[leaf]}"
                 out[key] = np.ascontiguousarray(layer.reshape(two[leaf]).T)
     return out
 
@@ -146,7 +155,8 @@ def from_tensors(
         rank_pattern=(settings.get("rank_pattern") or {}).items(),
         alpha_pattern=(settings.get("alpha_pattern") or {}).items(),
     )
-    layers = _layers(settings, stated, arch)
+    inner = INNER if any(f".{INNER}" in key for key in tensors) else ""
+    layers = _layers(settings, stated, arch, inner)
     # All layers of a module get the rank and alpha of one with the largest rank.
     own = {path: max(found.values(), key=lambda c: c.rank) for path, found in layers.items()}
     config = dataclasses.replace(
@@ -174,7 +184,7 @@ def from_tensors(
             )
         ours = {k: np.zeros(leaf.shape, np.float32) for k, leaf in shapes[path].items()}
         for i, one in found.items():
-            key = f"base_model.model.{_module(path, i, arch)}."
+            key = f"base_model.model.{_module(path, i, arch, inner)}."
             a, b = ours["a"][i], ours["b"][i]
             part = take(key + _PARTS["a"], (one.rank, a.size // a.shape[-1]))
             a[..., : one.rank] = part.reshape(*a.shape[:-1], one.rank)
@@ -196,13 +206,13 @@ def from_tensors(
 
 
 def _layers(
-    settings: dict[str, Any], stated: LoRAConfig, arch: Arch
+    settings: dict[str, Any], stated: LoRAConfig, arch: Arch, inner: str
 ) -> dict[str, dict[int, LoRAConfig]]:
     """Our path -> layer -> rank and alpha of each module that PEFT adapts with these settings."""
     found: dict[str, dict[int, LoRAConfig]] = {}
     for path in _paths(arch):
         for i in range(arch.layers):
-            name = _module(path, i, arch)
+            name = _module(path, i, arch, inner)
             if _targeted(settings, name):
                 found.setdefault(path, {})[i] = LoRAConfig(
                     rank=_pattern(stated.rank_pattern, name, stated.rank),
@@ -212,7 +222,7 @@ def _layers(
     if not found:
         raise UserError(
             f"target_modules {settings['target_modules']!r} match no module of this model, such as "
-            + _module("attn/q_proj", 0, arch)
+            + _module("attn/q_proj", 0, arch, inner)
         )
     return found
 
@@ -248,9 +258,10 @@ def _paths(arch: Arch) -> list[str]:
     return [p[len("layers/") : -len("/w")] for p in every if re.fullmatch("layers/.*/w", p)]
 
 
-def _module(path: str, layer: int, arch: Arch) -> str:
+def _module(path: str, layer: int, arch: Arch, inner: str) -> str:
     """'attn/q_proj' -> 'model.layers.0.self_attn.q_proj'."""
-    return names(arch, "hf")[f"layers/{path}/w"].removesuffix(".weight").format(i=layer)
+    name = names(arch, "hf")[f"layers/{path}/w"].removesuffix(".weight").format(i=layer)
+    return f"model.{inner}{name.removeprefix('model.')}"
 
 
 def _means(config: LoRAConfig, lora: dict[str, Any]) -> tuple[Any, ...]:
@@ -264,10 +275,11 @@ def _equal(x: dict[str, Any], y: dict[str, Any]) -> bool:
     return x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x)
 
 
-def _config_json(lora: dict[str, Any], config: LoRAConfig, base: str) -> dict[str, Any]:
+def _config_json(lora: dict[str, Any], config: LoRAConfig, base: str, inner: str) -> dict[str, Any]:
     last = {path: path.rsplit("/", 1)[-1] for path in modules(lora)}
     ranks = {name: config.rank_of(path) for path, name in last.items()}
     alphas = {name: config.alpha_of(path) for path, name in last.items()}
+    targets = sorted(last.values())
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -276,7 +288,8 @@ def _config_json(lora: dict[str, Any], config: LoRAConfig, base: str) -> dict[st
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "bias": "none",
-        "target_modules": sorted(last.values()),
+        # The image parts of a multimodal model have modules of the same names.
+        "target_modules": rf".*\.{re.escape(inner)}.*\.({'|'.join(targets)})" if inner else targets,
         "use_rslora": config.rslora,
         "use_dora": config.variant == "dora",
         "rank_pattern": {name: r for name, r in ranks.items() if r != config.rank},

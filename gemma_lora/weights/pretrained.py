@@ -16,7 +16,7 @@ from gemma_lora.files import sha256 as file_sha256
 from gemma_lora.model import Transformer
 from gemma_lora.sharding import tree_shardings
 from gemma_lora.tokenizer import Tokenizer
-from gemma_lora.weights import gguf, hf, hub, keras, mapping, orbax
+from gemma_lora.weights import gguf, hf, hub, keras, mapping, orbax, peft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Pretrained:
     notice: str  # licence, what is left out, or nothing
     home: pathlib.Path  # the directory that the files are in
     stated: dict[str, Any]  # what the files say of the model, in the words of a config.json
+    inner: str = ""  # peft.INNER where the files are those of a multimodal model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,10 @@ def open_weights(weights: str, arch: str, sha256: str = "", tokenizer: str = "")
         if stated != getattr(chosen, k)
     ]
     if wrong:
-        raise UserError(f"{opened.where} is not of arch {arch}: {'; '.join(wrong)}")
+        raise UserError(
+            f"{opened.where} is not of arch {arch}: {'; '.join(wrong)}. "
+            "With --config.arch=auto the weights themselves say what they are"
+        )
     if opened.vision:
         notice = f"Text only: {opened.vision} tensors of its image parts are left out"
     return Pretrained(
@@ -97,6 +101,7 @@ def open_weights(weights: str, arch: str, sha256: str = "", tokenizer: str = "")
         notice,
         path if path.is_dir() else path.parent,
         opened.stated,
+        peft.INNER if opened.vision and opened.form == "hf" else "",
     )
 
 
