@@ -59,7 +59,10 @@ def open_weights(weights: str, arch: str, sha256: str = "", tokenizer: str = "")
     source, colon, name = weights.partition(":")
     if weights == "demo":
         if arch not in ("gemma3_270m", "auto"):
-            raise UserError(f"the demo weights are of arch gemma3_270m, but the config says {arch}")
+            raise UserError(
+                f"the demo weights are of arch gemma3_270m, but the config says {arch}; "
+                "give --config.arch=gemma3_270m as well"
+            )
         notice, base_name, path = gguf.DEMO_LICENCE, "google/gemma-3-270m", gguf.demo_path()
     elif colon and source in _FETCH:
         path = _FETCH[source](name)
