@@ -154,10 +154,11 @@ def test_weights_keep_their_precision(tmp_path):
 
 def test_a_named_preset_is_fetched_from_where_the_library_has_it(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(hub, "kaggle", lambda handle: asked.append(handle) or tmp_path)
+    monkeypatch.setattr(hub, "kaggle", lambda *names: asked.append(names) or tmp_path)
     for name in ("gemma_2b_en", "gemma3_270m", "qwen2.5_0.5b_en"):
         assert keras.fetch(name) == tmp_path
-        assert asked.pop().split("/")[0::3] == ["keras", name]
+        handle, shown = asked.pop()
+        assert handle.split("/")[0::3] == ["keras", name] and shown == f"keras:{name}"
     with pytest.raises(
         UserError, match=r"keras:gemma_2b: no such preset, did you mean .*gemma_2b_en"
     ):
