@@ -178,6 +178,6 @@ def test_what_does_not_read_back_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(
         peft, "to_tensors", lambda *args: {k: 2 * v for k, v in right(*args).items()}
     )
-    with pytest.raises(RuntimeError, match="does not read back"):
+    with pytest.raises(UserError, match="does not read back"):
         peft.export(tmp_path / "adapter", lora, config, ARCH, "tiny")
     assert not list(tmp_path.iterdir())

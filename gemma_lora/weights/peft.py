@@ -70,7 +70,7 @@ def export(
     """Writes adapter_config.json and adapter_model.safetensors, atomically, read back and compared.
 
     lora: our tree as host arrays; inner: INNER where the base is a multimodal checkpoint. Raises
-    RuntimeError (and leaves no directory) if what was read back is not what was written.
+    UserError (and leaves no directory) if what was read back is not what was written.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=".adapter-"))
@@ -82,7 +82,7 @@ def export(
         (temporary / "adapter_config.json").write_text(text + "\n")
         again, back = read(temporary, arch)
         if not (_means(again, back) == _means(config, lora) and _equal(lora, back)):
-            raise RuntimeError(f"the adapter written to {directory} does not read back the same")
+            raise UserError(f"the adapter written to {directory} does not read back the same")
         temporary.chmod(0o755)
         if directory.exists():
             shutil.rmtree(directory)
