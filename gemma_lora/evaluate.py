@@ -26,6 +26,7 @@ from gemma_lora.data.dataset import Dataset, check_vocabulary, loss_slots, token
 from gemma_lora.data.pipeline import fixed_set
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import replace_file
+from gemma_lora.loss import Sweep
 from gemma_lora.metrics import finite, say
 from gemma_lora.model import no_wrap
 from gemma_lora.sharding import batch_sharding, check_rows, make_mesh, to_global, tree_shardings
@@ -184,7 +185,7 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     slots = loss_slots(found.examples, config.data.seq_len, config.data.pack)
     data = fixed_set(found.examples, config, slots, found.label_tokens)
     step = jax.jit(
-        make_eval_step(model, config.vocab_chunk, found.label_tokens),
+        make_eval_step(model, Sweep(config.head.chunk, mesh=mesh), found.label_tokens),
         out_shardings=batch_sharding(mesh),
     )
     ledger = ledger_rows(step, lora, base, data, mesh, "eval", 0)

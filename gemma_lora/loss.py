@@ -2,16 +2,22 @@
 
 The logits of a batch are never held: the head runs over vocabulary chunks with an online
 logsumexp, as flash attention does with K = V = the embedding table. When a gradient is wanted, the
-same pass also accumulates the expected embedding, so that the backward is one scaling.
+same pass also accumulates the expected embedding, so that the backward is one scaling. On a mesh
+each device sweeps its own words for its own tokens; what then crosses devices are a few numbers a
+token and the sum of the expected embeddings, never a logit.
 
-Letters: B rows, C positions of a row that carry loss, D embed, V vocab.
+Letters: B rows, C positions of a row that carry loss, D embed, V vocab, N tokens = B x C.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from gemma_lora.sharding import spec
 
 
 class TokenStats(NamedTuple):
@@ -32,8 +38,18 @@ class TokenStats(NamedTuple):
         return jnp.sqrt(jnp.square(jnp.expm1(-self.nll)) + self.other_p2)
 
 
+class Sweep(NamedTuple):
+    """How token_stats goes through the vocabulary."""
+
+    chunk: int = 2048  # vocabulary entries a step of the sweep
+    # Where every probability of a token in a chunk is certainly below this, the backward takes the
+    # chunk's mean embedding for all of its words, instead of a product; 0: never.
+    floor: float = 0.0
+    mesh: Mesh | None = None
+
+
 class _Running(NamedTuple):
-    """What one pass over the vocabulary carries, [B,C] float32 (pull: [B,C,D])."""
+    """What one pass over the vocabulary carries, [N] float32 (pull: [N,D])."""
 
     top: jax.Array  # largest logit so far
     total: jax.Array  # sum exp(l - top)
@@ -41,33 +57,34 @@ class _Running(NamedTuple):
     other: jax.Array  # largest logit of a token that is not the target
     target: jax.Array  # the target's logit
     slope: jax.Array  # d soft-capped logit / d raw logit at the target
-    pull: jax.Array  # sum exp(l - top) * slope * E, [B,C,D], or [] when no gradient is wanted
+    pull: jax.Array  # sum exp(l - top) * slope * E, [N,D], or [] when no gradient is wanted
 
 
 def token_stats(
-    hidden: jax.Array, targets: jax.Array, head: jax.Array, softcap: float, chunk: int
+    hidden: jax.Array, targets: jax.Array, table: jax.Array, softcap: float, sweep: Sweep
 ) -> TokenStats:
-    """hidden [B,C,D], targets [B,C] int32, head [V,D] (frozen) -> TokenStats [B,C].
+    """hidden [B,C,D], targets [B,C] int32, table [V,D] (frozen) -> TokenStats [B,C].
 
     Products take operands in hidden's dtype and accumulate in float32. `softcap` is the model's
-    final soft-cap (0: none), `chunk` the vocabulary entries per step. Only `nll` has a gradient,
-    with respect to `hidden` alone.
+    final soft-cap (0: none). Only `nll` has a gradient, with respect to `hidden` alone. With
+    sweep.floor > 0 that gradient is off by at most
+    sum p_v |E_v - mean E| over the words v of the chunks that were not multiplied out, each of
+    probability p_v < floor; the values themselves are exact either way.
     """
-    nll, rest = _stats(softcap, chunk, hidden, targets, head)
+    nll, rest = _stats(softcap, sweep, hidden, targets, table)
     return TokenStats(nll, *jax.lax.stop_gradient(rest))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _stats(softcap, chunk, hidden, targets, head):
-    return _pass(softcap, chunk, hidden, targets, head, False)[0]
+def _stats(softcap, sweep, hidden, targets, table):
+    return _sharded(softcap, sweep, False, hidden, targets, table)[0]
 
 
-def _stats_fwd(softcap, chunk, hidden, targets, head):
-    out, dx = _pass(softcap, chunk, hidden, targets, head, True)
-    return out, dx
+def _stats_fwd(softcap, sweep, hidden, targets, table):
+    return _sharded(softcap, sweep, True, hidden, targets, table)
 
 
-def _stats_bwd(softcap, chunk, dx, cotangents):
+def _stats_bwd(softcap, sweep, dx, cotangents):
     d_nll, _ = cotangents
     return (d_nll[..., None] * dx.astype(jnp.float32)).astype(dx.dtype), None, None
 
@@ -75,51 +92,143 @@ def _stats_bwd(softcap, chunk, dx, cotangents):
 _stats.defvjp(_stats_fwd, _stats_bwd)
 
 
-def _pass(softcap, chunk, hidden, targets, head, want_grad):
-    """((nll, (margin, other_p2)), d nll / d hidden [B,C,D] or None) in one sweep."""
-    vocab, embed = head.shape
-    chunk = min(chunk, vocab)
-    steps = -(-vocab // chunk)
+def _sharded(softcap: float, sweep: Sweep, want_grad: bool, hidden, targets, table):
+    """((nll, (margin, other_p2)) [B,C], d nll / d hidden [B,C,D] or None), on sweep.mesh."""
+    rows, slots, embed = hidden.shape
+    mesh = sweep.mesh
+    if mesh is None or mesh.size == 1:
+        run, ways = functools.partial(_sweep, softcap, sweep, want_grad, (), ()), 1
+    else:
+        own = spec(("V", "D"), table.shape, mesh)
+        by_token, ways = PartitionSpec(("data", "fsdp")), mesh.shape["data"] * mesh.shape["fsdp"]
+        run = jax.shard_map(
+            functools.partial(_sweep, softcap, sweep, want_grad, *(_axes(part) for part in own)),
+            mesh=mesh,
+            in_specs=(by_token, by_token, own),
+            out_specs=by_token,
+            # The merged numbers are equal on all devices of 'tensor', which it cannot see.
+            check_vma=False,
+        )
+    # Rows that the devices cannot share evenly are filled up: the fillers' numbers are dropped.
+    more = -rows % ways
+    hidden = jnp.pad(hidden, ((0, more), (0, 0), (0, 0))).reshape(-1, embed)
+    out = run(hidden, jnp.pad(targets, ((0, more), (0, 0))).reshape(-1), table)
+    out = jax.tree.map(lambda x: x.reshape(-1, slots, *x.shape[1:])[:rows], out)
+    return out if want_grad else (out[0], None)
+
+
+def _axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else tuple(part or ())
+
+
+def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, table):
+    """One device's tokens [N,D], [N] and its part of the table, split over the named mesh axes.
+
+    Returns ((nll, (margin, other_p2)) [N], d nll / d hidden [N,D] or ()).
+    """
+    vocab = len(table)
+    chunk = min(sweep.chunk, vocab)
     dtype = hidden.dtype
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     low = jnp.finfo(jnp.float32).min
+    # From here on a target of another device's words is a number that no word here has.
+    targets = targets - (jax.lax.axis_index(v_axes) * vocab if v_axes else 0)
+
+    def whole(rows: jax.Array) -> jax.Array:
+        """Rows of the table with all of D, in the products' dtype."""
+        rows = rows.astype(dtype)
+        return jax.lax.all_gather(rows, d_axes, axis=1, tiled=True) if d_axes else rows
+
+    def capped(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(logits, d logit / d raw logit)."""
+        if not softcap:
+            return z, jnp.ones_like(z)
+        z = jnp.tanh(z / softcap)
+        return z * softcap, 1 - jnp.square(z)
+
+    here = (targets >= 0) & (targets < vocab)
+    # The targets' own embeddings [N,D], zero where they are another device's.
+    own = whole(jnp.take(table, jnp.clip(targets, 0, vocab - 1), axis=0)) * here[:, None]
+    # A logsumexp is no smaller than any of its logits: a bound from the first chunk on.
+    bound = jnp.where(here, capped(dot("ND,ND->N", hidden, own))[0], low)
 
     def step(run: _Running, i: jax.Array):
         # The last chunk is moved back to end at V; the entries it shares with the one before
         # are masked, so any vocabulary size takes any chunk.
         first = i * chunk
         start = jnp.minimum(first, vocab - chunk)
-        rows = jax.lax.dynamic_slice(head, (start, 0), (chunk, embed)).astype(dtype)
+        rows = whole(jax.lax.dynamic_slice_in_dim(table, start, chunk))
         ids = start + jnp.arange(chunk)
-        z = einsum("BCD,VD->BCV", hidden, rows)
-        slope = jnp.ones_like(z)
-        if softcap:
-            z = jnp.tanh(z / softcap)
-            slope, z = 1 - jnp.square(z), z * softcap
+        z, slope = capped(dot("ND,VD->NV", hidden, rows))
         if vocab % chunk:
             z = jnp.where(ids >= first, z, low)
-        hit = ids == targets[..., None]
-        other = jnp.maximum(run.other, jnp.max(jnp.where(hit, low, z), -1))
-        target = run.target + jnp.sum(jnp.where(hit, z, 0), -1)
-        top = jnp.maximum(run.top, jnp.max(z, -1))
-        scale, p = jnp.exp(run.top - top), jnp.exp(z - top[..., None])
-        total = run.total * scale + jnp.sum(p, -1)
-        total2 = run.total2 * jnp.square(scale) + jnp.sum(jnp.square(jnp.where(hit, 0, p)), -1)
-        pull, at_target = run.pull, run.slope
-        if want_grad:
-            at_target = at_target + jnp.sum(jnp.where(hit, slope, 0), -1)
-            p = (p * slope).astype(dtype)
-            pull = run.pull * scale[..., None] + einsum("BCV,VD->BCD", p, rows)
-        return _Running(top, total, total2, other, target, at_target, pull), None
+        hit = ids == targets[:, None]
+        most = jnp.max(z, -1)
+        top = jnp.maximum(run.top, most)
+        scale, p = jnp.exp(run.top - top), jnp.exp(z - top[:, None])
+        new = _Running(
+            top,
+            run.total * scale + jnp.sum(p, -1),
+            run.total2 * jnp.square(scale) + jnp.sum(jnp.square(jnp.where(hit, 0, p)), -1),
+            jnp.maximum(run.other, jnp.max(jnp.where(hit, low, z), -1)),
+            run.target + jnp.sum(jnp.where(hit, z, 0), -1),
+            run.slope + jnp.sum(jnp.where(hit, slope, 0), -1) if want_grad else run.slope,
+            run.pull * scale[:, None] if want_grad else run.pull,
+        )
+        if not want_grad:
+            return new, None
+        if not sweep.floor:
+            pull = new.pull + dot("NV,VD->ND", (p * slope).astype(dtype), rows)
+            return new._replace(pull=pull), None
+        active = most > jnp.maximum(bound, top + jnp.log(new.total)) + math.log(sweep.floor)
+        mass = jnp.where(active, 0, jnp.sum(p * slope, -1))
+        pull = new.pull + mass[:, None] * jnp.mean(rows.astype(jnp.float32), 0)
+        return new._replace(pull=_add_active(active, p, slope, rows, pull, dot)), None
 
     zero = jnp.zeros(targets.shape, jnp.float32)
     pull = jnp.zeros(hidden.shape if want_grad else (), jnp.float32)
-    start = _Running(zero + low, zero, zero, zero + low, zero, zero, pull)
-    run, _ = jax.lax.scan(step, start, jnp.arange(steps))
+    run = _Running(zero + low, zero, zero, zero + low, zero, zero, pull)
+    run, _ = jax.lax.scan(step, run, jnp.arange(-(-vocab // chunk)))
+    run = _merge(run, v_axes) if v_axes else run
     nll = run.top + jnp.log(run.total) - run.target
     out = nll, (run.target - run.other, run.total2 / jnp.square(run.total))
     if not want_grad:
-        return out, None
-    own = jnp.take(head, targets, axis=0).astype(jnp.float32) * run.slope[..., None]
-    return out, (run.pull / run.total[..., None] - own).astype(dtype)
+        return out, ()
+    own = own.astype(jnp.float32) * run.slope[:, None]
+    own = jax.lax.psum(own, v_axes) if v_axes else own
+    return out, (run.pull / run.total[:, None] - own).astype(dtype)
+
+
+_GROUP = 128  # tokens a product of _add_active takes at a time
+
+
+def _add_active(active, p, slope, rows, pull, dot):
+    """pull + (p * slope) rows for the active tokens alone: as many groups as there are tokens."""
+    tokens = len(active)
+    size = -(-tokens // _GROUP) * _GROUP
+    index = jnp.nonzero(active, size=size, fill_value=tokens)[0]
+
+    def group(i, pull):
+        at = jax.lax.dynamic_slice_in_dim(index, i * _GROUP, _GROUP)
+        take = functools.partial(jnp.take, indices=at, axis=0, mode="fill", fill_value=0)
+        weights = (take(p) * take(slope)).astype(rows.dtype)
+        return pull.at[at].add(dot("NV,VD->ND", weights, rows), mode="drop")
+
+    return jax.lax.fori_loop(0, -(-jnp.sum(active) // _GROUP), group, pull)
+
+
+def _merge(run: _Running, axes: tuple[str, ...]) -> _Running:
+    """The sweep over all words, from those over each device's."""
+    top = jax.lax.pmax(run.top, axes)
+    scale = jnp.exp(run.top - top)
+    add = functools.partial(jax.lax.psum, axis_name=axes)
+    return _Running(
+        top,
+        add(run.total * scale),
+        add(run.total2 * jnp.square(scale)),
+        jax.lax.pmax(run.other, axes),
+        add(run.target),
+        add(run.slope),
+        add(run.pull * scale[:, None]) if run.pull.ndim else run.pull,
+    )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from gemma_lora.loss import TokenStats, token_stats
+from gemma_lora.loss import Sweep, TokenStats, token_stats
 from gemma_lora.model import Transformer, head_weight, logits
 from gemma_lora.sharding import replicated, tree_shardings
 
@@ -71,16 +71,20 @@ def loss_hidden(
 
 
 def forward(
-    model: Transformer, chunk: int, base: Any, lora: Any, batch: Batch, rng: jax.Array | None
+    model: Transformer, sweep: Sweep, base: Any, lora: Any, batch: Batch, rng: jax.Array | None
 ) -> TokenStats:
     """Statistics [B,C] of the batch's loss positions."""
     hidden = loss_hidden(model, base, lora, batch, rng)
-    head = head_weight(base, model.arch)
-    return token_stats(hidden, batch["targets"], head, model.arch.final_softcap, chunk)
+    table = head_weight(base, model.arch)
+    return token_stats(hidden, batch["targets"], table, model.arch.final_softcap, sweep)
 
 
 def make_train_step(
-    model: Transformer, tx: optax.GradientTransformation, micro_batches: int, chunk: int, seed: int
+    model: Transformer,
+    tx: optax.GradientTransformation,
+    micro_batches: int,
+    sweep: Sweep,
+    seed: int,
 ) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
     """step(state, base, batch) -> (state, metrics).
 
@@ -90,7 +94,7 @@ def make_train_step(
     """
 
     def loss(lora, base, batch, rng):
-        stats = forward(model, chunk, base, lora, batch, rng)
+        stats = forward(model, sweep, base, lora, batch, rng)
         mask = batch["loss_mask"]
         nll = jnp.sum(stats.nll * mask)
         return nll, {"nll": nll, "tokens": mask.sum(), "correct": jnp.sum(stats.correct * mask)}
@@ -126,7 +130,7 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: Transformer, chunk: int, label_tokens: tuple[int, ...] = ()
+    model: Transformer, sweep: Sweep, label_tokens: tuple[int, ...] = ()
 ) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
     """step(lora, base, batch) -> nll, correct, margin, el2n [B,C], dropout off.
 
@@ -135,11 +139,11 @@ def make_eval_step(
 
     def step(lora, base, batch):
         hidden = loss_hidden(model, base, lora, batch, None)
-        head = head_weight(base, model.arch)
-        stats = token_stats(hidden, batch["targets"], head, model.arch.final_softcap, chunk)
+        table = head_weight(base, model.arch)
+        stats = token_stats(hidden, batch["targets"], table, model.arch.final_softcap, sweep)
         out = {k: getattr(stats, k) for k in ("nll", "correct", "margin", "el2n")}
         if label_tokens:
-            words = jnp.take(head, jnp.asarray(label_tokens), axis=0)
+            words = jnp.take(table, jnp.asarray(label_tokens), axis=0)
             out["label_logits"] = logits(hidden, words, model.arch, model.dtype)
         return out
 

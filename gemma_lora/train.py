@@ -26,6 +26,7 @@ from gemma_lora.data.pipeline import describe, load_data
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import write_text
 from gemma_lora.lora import LoRAConfig, check_targets, count, from_base, on_original_base
+from gemma_lora.loss import Sweep
 from gemma_lora.metrics import Metrics, Phases, Timer, banner, clock, finite, peak_memory, say
 from gemma_lora.optim import optimizer, schedule
 from gemma_lora.sharding import (
@@ -135,14 +136,15 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     # ---- compile once ---------------------------------------------------------------------------
     with mark("compile"):
         sample = to_global(train_set.batch_at(0).arrays, mesh)
+        sweep = Sweep(config.head.chunk, config.head.floor, mesh)
         train_step = jax.jit(
-            make_train_step(model, tx, config.train.micro_batches, config.vocab_chunk, config.seed),
+            make_train_step(model, tx, config.train.micro_batches, sweep, config.seed),
             donate_argnums=0,
             out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
         )
         train_step = train_step.lower(state, base, sample).compile()
         eval_step = jax.jit(
-            make_eval_step(model, config.vocab_chunk, train_set.label_tokens),
+            make_eval_step(model, sweep, train_set.label_tokens),
             out_shardings=batch_sharding(mesh),
         )
         eval_step = eval_step.lower(state.lora, base, sample).compile()

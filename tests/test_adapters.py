@@ -31,6 +31,7 @@ from gemma_lora.lora import (
     on_original_base,
     put,
 )
+from gemma_lora.loss import Sweep
 from gemma_lora.model import Transformer, no_wrap
 from gemma_lora.optim import optimizer
 from gemma_lora.step import State, forward, make_train_step
@@ -191,7 +192,7 @@ def test_training_step(case):
     optim.clip = 0.0
     tx = optimizer(optim, 10)
     state = State(jnp.zeros((), jnp.int32), t.lora, tx.init(t.lora))
-    state, _ = jax.jit(make_train_step(model, tx, 1, 64, 0))(state, t.base, batch)
+    state, _ = jax.jit(make_train_step(model, tx, 1, Sweep(64), 0))(state, t.base, batch)
     for path, leaf in flatten(t.base).items():
         assert np.array_equal(leaf, flatten(before)[path]), path
     for path, leaf in flatten(state.lora).items():
@@ -207,7 +208,7 @@ def test_training_step(case):
             now, found = norms_of(config, t.base, lora), modules(lora)
             keep = {p: jnp.where(hold, now[p] / norms[p], 1) for p in now}
             lora = put(lora, {p: {**v, "m": v["m"] * keep[p]} for p, v in found.items()})
-        stats = forward(model, 64, t.base, lora, batch, None)
+        stats = forward(model, Sweep(64), t.base, lora, batch, None)
         return jnp.sum(stats.nll * batch["loss_mask"]) / jnp.sum(batch["loss_mask"])
 
     grads = jax.tree.map(lambda x: x / (1 - 0.9), optax.tree.get(state.opt_state, "mu"))
@@ -261,6 +262,7 @@ SHARDED = """
 import sys; sys.path[:0] = sys.argv[1:]
 import functools, common, jax, jax.numpy as jnp, numpy as np, test_adapters, tiny
 from gemma_lora.config import default
+from gemma_lora.loss import Sweep
 from gemma_lora.lora import from_base
 from gemma_lora.optim import optimizer
 from gemma_lora.sharding import make_mesh, tree_shardings, to_global
@@ -283,7 +285,7 @@ def run(case, sizes):
     w = base["layers"]["mlp"]["up_proj"]["w"]
     assert w.addressable_shards[0].data.size * sizes[1] * sizes[2] == w.size
     state = State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
-    step = jax.jit(make_train_step(model, tx, 1, 64, 0))
+    step = jax.jit(make_train_step(model, tx, 1, Sweep(64), 0))
     state, metrics = step(state, base, to_global(batch, mesh))
     return metrics, state.opt_state
 

@@ -31,6 +31,7 @@ from tiny_export import (
 from gemma_lora import config, export
 from gemma_lora.arch import FAMILIES, Arch
 from gemma_lora.lora import LoRAConfig, check_targets
+from gemma_lora.loss import Sweep
 from gemma_lora.model import Transformer, head_weight, logits
 from gemma_lora.step import State, make_train_step
 from gemma_lora.weights import mapping, peft
@@ -285,7 +286,7 @@ def test_a_new_family_is_one_entry_of_a_table(tmp_path, monkeypatch):
     tokens, mask = (x[0] for x in tiny.tiny_batches(steps=1))
     lora = random_adapter(model)
     tx = optax.sgd(1.0)
-    step = jax.jit(make_train_step(model, tx, 1, 64, 0))
+    step = jax.jit(make_train_step(model, tx, 1, Sweep(64), 0))
     state = State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
     losses = []
     for _ in range(2):

@@ -13,6 +13,7 @@ from gemma_lora.arch import ARCHS
 from gemma_lora.errors import UserError
 from gemma_lora.layers import Einsum
 from gemma_lora.lora import LoRAConfig, check_targets, count, merge
+from gemma_lora.loss import Sweep
 from gemma_lora.model import Transformer
 from gemma_lora.step import forward
 from gemma_lora.weights.mapping import flatten
@@ -22,7 +23,7 @@ NAME = "gemma3"
 
 def loss_of(model, params, batch, rng=None):
     def loss(lora):
-        stats = forward(model, 64, params, lora, batch, rng)
+        stats = forward(model, Sweep(64), params, lora, batch, rng)
         return jnp.sum(stats.nll * batch["loss_mask"])
 
     return loss

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_lora.loss import token_stats
+from gemma_lora.loss import Sweep, token_stats
 from gemma_lora.step import forward
 
 
@@ -41,12 +41,12 @@ def test_chunked_equals_whole(vocab, chunk, softcap):
         "el2n": np.sqrt(((p - onehot) ** 2).sum(-1)),
         "correct": z.argmax(-1) == y,
     }
-    stats = token_stats(hidden, targets, head, softcap, chunk)
+    stats = token_stats(hidden, targets, head, softcap, Sweep(chunk))
     for name, value in want.items():
         assert np.allclose(getattr(stats, name), value, atol=2e-5), name
-    grad = jax.grad(lambda x: jnp.sum(token_stats(x, targets, head, softcap, chunk).nll * weights))(
-        hidden
-    )
+    grad = jax.grad(
+        lambda x: jnp.sum(token_stats(x, targets, head, softcap, Sweep(chunk)).nll * weights)
+    )(hidden)
     exact = ((p - onehot) * slope * w[..., None]) @ e
     assert np.allclose(grad, exact, atol=2e-5)
     assert 0 < want["correct"].mean() < 1
@@ -56,7 +56,9 @@ def test_only_nll_has_a_gradient():
     hidden, head = jnp.ones((1, 2, 4)), jnp.eye(8, 4)
     targets = jnp.zeros((1, 2), jnp.int32)
     for name in ("margin", "other_p2"):
-        grad = jax.grad(lambda x, n=name: getattr(token_stats(x, targets, head, 0, 4), n).sum())
+        grad = jax.grad(
+            lambda x, n=name: getattr(token_stats(x, targets, head, 0, Sweep(4)), n).sum()
+        )
         assert not np.any(grad(hidden))
 
 
@@ -67,7 +69,7 @@ def test_padding_changes_nothing(name):
     tokens = tiny.tokens()
     mask = tiny.loss_mask(tokens.shape)
     plain = common.batch_of(tokens, mask)
-    run = jax.jit(lambda batch: forward(model, 64, params, {}, batch, None))
+    run = jax.jit(lambda batch: forward(model, Sweep(64), params, {}, batch, None))
     want = run(plain).nll * plain["loss_mask"]
     rows, length = tokens.shape
     wide = {k: np.zeros((rows + 2, v.shape[1] + 9), v.dtype) for k, v in plain.items()}

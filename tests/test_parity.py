@@ -20,6 +20,7 @@ from gemma_lora.config import default
 from gemma_lora.data import dataset, sources
 from gemma_lora.evaluate import ledger_rows, metrics
 from gemma_lora.lora import LoRAConfig, from_base, modules, on_original_base
+from gemma_lora.loss import Sweep
 from gemma_lora.model import no_wrap
 from gemma_lora.optim import optimizer
 from gemma_lora.step import State, forward, make_eval_step, make_train_step
@@ -101,7 +102,7 @@ def loss_and_grads(model, params, lora):
     batch = common.batch_of(tokens, tiny.loss_mask(tokens.shape))
 
     def loss(lora):
-        stats = forward(model, 32, params, lora, batch, None)
+        stats = forward(model, Sweep(32), params, lora, batch, None)
         return jnp.sum(stats.nll * batch["loss_mask"]) / jnp.sum(batch["loss_mask"])
 
     return jax.jit(jax.value_and_grad(loss))(lora)
@@ -138,7 +139,7 @@ def train_like_peft(model, params, lora, batches, masks, lr, lr_ratio=1.0):
     optim.lr, optim.b_lr_ratio = lr, lr_ratio
     tx = optimizer(optim, len(batches))
     state = State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
-    step = jax.jit(make_train_step(model, tx, 1, 4096, 0))
+    step = jax.jit(make_train_step(model, tx, 1, Sweep(4096), 0))
     slots = int(masks.sum(-1).max())
     losses, norms = [], []
     for tokens, mask in zip(batches, masks, strict=True):
@@ -220,7 +221,7 @@ def test_real_gsm8k_loss(real, source):
         shuffle=False,
         slots=dataset.loss_slots(found.examples, 256, False),
     )
-    step = jax.jit(make_eval_step(real.model, 4096))
+    step = jax.jit(make_eval_step(real.model, Sweep(4096)))
     ledger = ledger_rows(step, {}, real.base, fixed, real.mesh, "train", 0)
     got = metrics(ledger, 8)
     assert got["tokens"] == 1288
@@ -283,7 +284,7 @@ def test_dora_drops_what_peft_drops(name, monkeypatch):
     batch = common.batch_of(tokens, mask)
 
     def loss(lora):
-        stats = forward(model, 32, params, lora, batch, jax.random.key(0))
+        stats = forward(model, Sweep(32), params, lora, batch, jax.random.key(0))
         return jnp.sum(stats.nll * batch["loss_mask"]) / jnp.sum(batch["loss_mask"])
 
     value, grads = jax.jit(jax.value_and_grad(loss))(lora)

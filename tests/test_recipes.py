@@ -18,6 +18,7 @@ from gemma_lora.arch import get_arch
 from gemma_lora.data.dataset import loss_slots, tokenize
 from gemma_lora.data.pipeline import fixed_set
 from gemma_lora.lora import LoRAConfig, count
+from gemma_lora.loss import Sweep
 from gemma_lora.model import Transformer
 from gemma_lora.step import make_eval_step
 from gemma_lora.weights.pretrained import load_base, open_weights
@@ -150,7 +151,7 @@ def test_class_probabilities_are_the_models(models, tmp_path):
         data = fixed_set(
             found.examples, c, loss_slots(found.examples, 96, pack), found.label_tokens
         )
-        step = jax.jit(make_eval_step(model, 64, found.label_tokens))
+        step = jax.jit(make_eval_step(model, Sweep(64), found.label_tokens))
         got = evaluate.ledger_rows(step, {}, base, data, common.one_device(), "eval", 0)
         assert got["label"].tolist() == [0, 1, 0, 1, 0]
         n, p = tokenizer.encode("np")

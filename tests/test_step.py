@@ -18,6 +18,7 @@ from gemma_lora.data.dataset import Dataset, loss_slots
 from gemma_lora.errors import UserError
 from gemma_lora.evaluate import ledger_rows
 from gemma_lora.lora import LoRAConfig
+from gemma_lora.loss import Sweep
 from gemma_lora.optim import optimizer, schedule
 from gemma_lora.step import State, make_eval_step, make_train_step
 from gemma_lora.weights.mapping import flatten
@@ -34,7 +35,7 @@ def one_run(micro_batches=1, dropout=0.0, name="qwen2", **kwargs):
     lora = common.adapter(name)
     state = State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
     state = jax.device_put(state, jax.devices()[0])  # committed, as the step's own output is
-    step = jax.jit(make_train_step(model, tx, micro_batches, 64, 0))
+    step = jax.jit(make_train_step(model, tx, micro_batches, Sweep(64), 0))
     first = state
     for i in range(2):
         tokens = tiny.tokens(i, rows=4)
@@ -77,7 +78,7 @@ def test_packed_equals_unpacked(name):
     """Neighbours in a row change nothing, although rows are longer than the window."""
     model, params = common.tiny_model(name, LoRAConfig(4, 8.0, 0.0))
     examples = common.examples([20, 7, 12, 5, 24, 3], [4, 1, 11, 2, 9, 1])
-    step = jax.jit(make_eval_step(model, 64))
+    step = jax.jit(make_eval_step(model, Sweep(64)))
     rows = {}
     for packed in (False, True):
         data = Dataset(
@@ -113,6 +114,7 @@ SHARDED = """
 import sys; sys.path[:0] = sys.argv[1:]
 import common, jax, jax.numpy as jnp, numpy as np, tiny
 import flax.linen as nn
+from gemma_lora.loss import Sweep
 from gemma_lora.lora import LoRAConfig
 from gemma_lora.config import default
 from gemma_lora.optim import optimizer
@@ -135,7 +137,7 @@ for sizes in ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)):
         leaf = base["layers"]["mlp"]["up_proj"]["w"]
         assert leaf.addressable_shards[0].data.size * sizes[1] * sizes[2] == leaf.size
     state = State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
-    step = jax.jit(make_train_step(model, tx, 2, 64, 0))
+    step = jax.jit(make_train_step(model, tx, 2, Sweep(64), 0))
     state, metrics = step(state, base, to_global(batch, mesh))
     results.append(jax.device_get((metrics, state.opt_state)))
 loss = lambda r: float(r[0]["nll"].sum() / r[0]["tokens"].sum())

@@ -20,6 +20,7 @@ from tiny_run import ledger, left, records, settings
 from gemma_lora import config, evaluate, train
 from gemma_lora.data.pipeline import load_data
 from gemma_lora.errors import UserError
+from gemma_lora.loss import Sweep
 from gemma_lora.metrics import Metrics
 from gemma_lora.model import no_wrap
 from gemma_lora.step import make_eval_step
@@ -370,7 +371,7 @@ def test_packed_micro_batches(inputs, tmp_path, monkeypatch):
     pretrained = open_weights(c.weights, c.arch)
     train_set = load_data(c, pretrained.tokenizer(), pretrained.arch.vocab)[0]
     model, mesh = build_model(pretrained.arch, c, no_wrap), one_device()
-    step = jax.jit(make_eval_step(model, c.vocab_chunk))
+    step = jax.jit(make_eval_step(model, Sweep(c.head.chunk)))
     fixed = evaluate.fixed_set(train_set.examples, c, train_set.slots, ())
     base = load_base(pretrained, model, mesh)
     rows = evaluate.ledger_rows(step, {}, base, fixed, mesh, "train", 0)

@@ -1,0 +1,106 @@
+"""A worker of speed.py: gemma_lora's own step, evaluation or base forward, as a job describes."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import protocol
+
+from gemma_lora.adapters import LoRA
+from gemma_lora.config import default
+from gemma_lora.lora import LoRAConfig
+from gemma_lora.loss import Sweep
+from gemma_lora.model import no_wrap
+from gemma_lora.optim import optimizer
+from gemma_lora.sharding import make_mesh
+from gemma_lora.step import init_state, loss_hidden, make_eval_step, make_train_step
+from gemma_lora.weights.pretrained import build_model, load_base, open_weights
+
+
+class Offset(LoRA):
+    """base(x) + b: everything of a training step but the adapters' products and dropout."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.base(x) + self.leaf("b", nn.initializers.zeros, self.sides()[1])
+
+
+def batch_arrays(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The step's arrays from tokens, mask (which tokens are targets) and, if packed, segments."""
+    tokens, mask = batch["tokens"], batch["mask"]
+    rows, whole = len(tokens), np.ones_like(tokens)
+    slots = int(mask.sum(1).max())
+    loss_pos, targets = (np.zeros((rows, slots), np.int32) for _ in range(2))
+    loss_mask = np.zeros((rows, slots), np.float32)
+    for r in range(rows):
+        at = np.flatnonzero(mask[r])
+        loss_pos[r, : len(at)], targets[r, : len(at)] = at - 1, tokens[r, at]
+        loss_mask[r, : len(at)] = 1
+    arrays = {
+        "tokens": tokens,
+        "segments": batch.get("segments", whole),
+        "positions": batch.get("positions", np.cumsum(whole, 1) - 1),
+        "loss_pos": loss_pos,
+        "targets": targets,
+        "loss_mask": loss_mask,
+    }
+    return {k: jnp.asarray(v, v.dtype if k == "loss_mask" else np.int32) for k, v in arrays.items()}
+
+
+def main() -> None:
+    job, batches = protocol.job()
+    config = default()
+    config.update_from_flattened_dict(job["config"])
+    pretrained = open_weights("demo", "gemma3_270m")
+    mesh = make_mesh(config.mesh)
+    lora = LoRAConfig(**config.lora)
+    wrap = lora
+    if job["work"] != "train":
+        wrap = no_wrap  # an adapter merged into the weights costs what the base does
+    elif job["adapters"] == "none":
+        wrap = lambda base, path: Offset(base, 1, 1.0, 0.0)  # noqa: E731
+    model = build_model(pretrained.arch, config, wrap)
+    base = load_base(pretrained, model, mesh)
+    sweep = Sweep(config.head.chunk, config.head.floor, mesh)
+    arrays = [batch_arrays(b) for b in batches]
+    if job["work"] == "train":
+        tx = optimizer(config.optim, 1000)
+        state = init_state(model, tx, 0, mesh)
+        train = jax.jit(make_train_step(model, tx, 1, sweep, 0), donate_argnums=0)
+
+        def work(i: int) -> float:
+            nonlocal state
+            state, sums = train(state, base, arrays[i])
+            return float(sums["nll"].sum() / sums["tokens"].sum())
+    elif job["work"] == "eval":
+        evaluate = jax.jit(make_eval_step(model, sweep))
+
+        def work(i: int) -> float:
+            out, mask = jax.device_get(evaluate({}, base, arrays[i])), arrays[i]["loss_mask"]
+            return float((out["nll"] * mask).sum() / mask.sum())
+    else:
+        forward = jax.jit(lambda b: loss_hidden(model, base, {}, b, None))
+
+        def work(i: int) -> float:
+            return float(jax.block_until_ready(forward(arrays[i])).sum() * 0)
+
+    protocol.serve(work, len(arrays), peak_flops=peak_flops(jnp.dtype(config.dtype)))
+
+
+def peak_flops(dtype: jnp.dtype) -> float:
+    """Multiplications and additions a second of the layers' own kind of product, best of 10."""
+    x, w = (
+        jax.random.normal(jax.random.key(0), s).astype(dtype) for s in ((1024, 640), (640, 2048))
+    )
+    product = jax.jit(lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32))
+    jax.block_until_ready(product(x, w))
+    best = np.inf
+    for _ in range(10):
+        began = protocol.time.perf_counter()
+        jax.block_until_ready(product(x, w))
+        best = min(best, protocol.time.perf_counter() - began)
+    return 2 * 1024 * 640 * 2048 / best
+
+
+if __name__ == "__main__":
+    main()
