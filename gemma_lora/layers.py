@@ -50,8 +50,15 @@ def _dot_bwd(eqn, dtype, frozen, residual, dz):
     xs, ys = operands.split(",")
     dz = dz.astype(dtype)
     dx = dot(f"{z},{ys}->{xs}", dz, y, dtype, True).astype(like.dtype)
-    dy = None if frozen else dot(f"{xs},{z}->{ys}", x, dz, dtype, True).astype(y.dtype)
-    return dx, dy
+    if frozen:
+        return dx, None
+    # A product over the leading axes of both operands transposes the first on a CPU: let that be
+    # the smaller one, which beside an adapter's matrix is its inner state or that one's cotangent.
+    # (einsum would put it last again to spare the transposition of the result.)
+    (ls, left), (rs, right) = sorted(((xs, x), (z, dz)), key=lambda pair: pair[1].size)
+    found = "".join(sorted(ys, key=lambda c: (c in rs, ys.index(c))))
+    dy = dot(f"{ls},{rs}->{found}", left, right, dtype, True)
+    return dx, jnp.einsum(f"{found}->{ys}", dy).astype(y.dtype)
 
 
 dot.defvjp(_dot_fwd, _dot_bwd)
@@ -215,7 +222,7 @@ class Projections(nn.Module):
 
 
 class Attention(Projections):
-    """[B,T,D] -> [B,T,D] float32."""
+    """[B,T,D] -> [B,T,D] in `dtype`."""
 
     @nn.compact
     def __call__(self, x: jax.Array, rope: jax.Array, mask: jax.Array) -> jax.Array:
@@ -233,11 +240,12 @@ class Attention(Projections):
         k = apply_rope(k.astype(jnp.float32), rope)
         out = attention(q, k, v, mask, a.attn_softcap, self.dtype)
         out = checkpoint_name(out.astype(self.dtype), "attn")
-        return self.proj("o_proj", "BTNH,NHD->BTD")(out)
+        out = self.proj("o_proj", "BTNH,NHD->BTD")(out)
+        return checkpoint_name(out.astype(self.dtype), "o")
 
 
 class MLP(Projections):
-    """[B,T,D] -> [B,T,D] float32: down(act(gate(x)) * up(x))."""
+    """[B,T,D] -> [B,T,D] in `dtype`: down(act(gate(x)) * up(x))."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -246,4 +254,5 @@ class MLP(Projections):
         gate = checkpoint_name(gate.astype(self.dtype), "gate").astype(jnp.float32)
         up = checkpoint_name(up.astype(self.dtype), "up").astype(jnp.float32)
         act = nn.gelu(gate, approximate=True) if self.arch.gelu else nn.silu(gate)
-        return self.proj("down_proj", "BTF,FD->BTD")((act * up).astype(self.dtype))
+        out = self.proj("down_proj", "BTF,FD->BTD")((act * up).astype(self.dtype))
+        return checkpoint_name(out.astype(self.dtype), "down")

@@ -148,8 +148,15 @@ def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, ta
         return z * softcap, 1 - jnp.square(z)
 
     here = (targets >= 0) & (targets < vocab)
-    # The targets' own embeddings [N,D], zero where they are another device's.
-    own = whole(jnp.take(table, jnp.clip(targets, 0, vocab - 1), axis=0)) * here[:, None]
+    # The targets' own embeddings [N,D], zero where they are another device's. Each device has some
+    # columns for the tokens of all, and needs all columns for its own.
+    index = jnp.clip(targets, 0, vocab - 1)
+    if d_axes:
+        index = jax.lax.all_gather(index, d_axes, tiled=True)
+    own = jnp.take(table, index, axis=0).astype(dtype)
+    if d_axes:
+        own = jax.lax.all_to_all(own, d_axes, split_axis=0, concat_axis=1, tiled=True)
+    own = own * here[:, None]
     # A logsumexp is no smaller than any of its logits: a bound from the first chunk on.
     bound = jnp.where(here, capped(dot("ND,ND->N", hidden, own))[0], low)
 

@@ -25,7 +25,7 @@ from gemma_lora.layers import (
 
 Wrap = Callable[[Einsum, str], nn.Module]
 
-_MATMULS = ("q", "k", "v", "attn", "gate", "up")
+_MATMULS = ("q", "k", "v", "attn", "o", "gate", "up", "down")
 # What the backward finds saved from the forward. 'matmuls' recomputes only element-wise work:
 # no base matrix product runs twice except the output projections, whose results nobody needs.
 REMAT: dict[str, Any] = {
