@@ -49,14 +49,12 @@ class Sweep(NamedTuple):
 
 
 class _Running(NamedTuple):
-    """What one pass over the vocabulary carries, [N] float32 (pull: [N,D])."""
+    """What one pass over the words that are not the target carries, [N] float32 (pull: [N,D])."""
 
-    top: jax.Array  # largest logit so far
+    top: jax.Array  # a number no smaller than any logit so far, nor than the target's
     total: jax.Array  # sum exp(l - top)
-    total2: jax.Array  # sum exp(2 (l - top)) over tokens that are not the target
-    other: jax.Array  # largest logit of a token that is not the target
-    target: jax.Array  # the target's logit
-    slope: jax.Array  # d soft-capped logit / d raw logit at the target
+    total2: jax.Array  # sum exp(2 (l - top))
+    other: jax.Array  # largest logit so far
     pull: jax.Array  # sum exp(l - top) * slope * E, [N,D], or [] when no gradient is wanted
 
 
@@ -157,8 +155,10 @@ def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, ta
     if d_axes:
         own = jax.lax.all_to_all(own, d_axes, split_axis=0, concat_axis=1, tiled=True)
     own = own * here[:, None]
-    # A logsumexp is no smaller than any of its logits: a bound from the first chunk on.
-    bound = jnp.where(here, capped(dot("ND,ND->N", hidden, own))[0], low)
+    if v_axes:
+        own = jax.lax.psum(own, v_axes)
+    # The target's logit, and d soft-capped logit / d raw logit there; the sweep leaves it out.
+    target, at_target = capped(dot("ND,ND->N", hidden, own))
 
     def step(run: _Running, i: jax.Array):
         # The last chunk is moved back to end at V; the entries it shares with the one before
@@ -168,19 +168,16 @@ def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, ta
         rows = whole(jax.lax.dynamic_slice_in_dim(table, start, chunk))
         ids = start + jnp.arange(chunk)
         z, slope = capped(dot("ND,VD->NV", hidden, rows))
-        if vocab % chunk:
-            z = jnp.where(ids >= first, z, low)
-        hit = ids == targets[:, None]
+        mask = ids == targets[:, None]
+        z = jnp.where((mask | (ids < first)) if vocab % chunk else mask, low, z)
         most = jnp.max(z, -1)
         top = jnp.maximum(run.top, most)
         scale, p = jnp.exp(run.top - top), jnp.exp(z - top[:, None])
         new = _Running(
             top,
             run.total * scale + jnp.sum(p, -1),
-            run.total2 * jnp.square(scale) + jnp.sum(jnp.square(jnp.where(hit, 0, p)), -1),
-            jnp.maximum(run.other, jnp.max(jnp.where(hit, low, z), -1)),
-            run.target + jnp.sum(jnp.where(hit, z, 0), -1),
-            run.slope + jnp.sum(jnp.where(hit, slope, 0), -1) if want_grad else run.slope,
+            run.total2 * jnp.square(scale) + jnp.sum(jnp.square(p), -1),
+            jnp.maximum(run.other, most),
             run.pull * scale[:, None] if want_grad else run.pull,
         )
         if not want_grad:
@@ -188,23 +185,26 @@ def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, ta
         if not sweep.floor:
             pull = new.pull + dot("NV,VD->ND", (p * slope).astype(dtype), rows)
             return new._replace(pull=pull), None
-        active = most > jnp.maximum(bound, top + jnp.log(new.total)) + math.log(sweep.floor)
+        # The logsumexp is no smaller than that of the words so far and the target.
+        bound = top + jnp.log(new.total + jnp.exp(target - top))
+        active = most > bound + math.log(sweep.floor)
         mass = jnp.where(active, 0, jnp.sum(p * slope, -1))
         pull = new.pull + mass[:, None] * jnp.mean(rows.astype(jnp.float32), 0)
         return new._replace(pull=_add_active(active, p, slope, rows, pull, dot)), None
 
     zero = jnp.zeros(targets.shape, jnp.float32)
     pull = jnp.zeros(hidden.shape if want_grad else (), jnp.float32)
-    run = _Running(zero + low, zero, zero, zero + low, zero, zero, pull)
+    run = _Running(target, zero, zero, zero + low, pull)
     run, _ = jax.lax.scan(step, run, jnp.arange(-(-vocab // chunk)))
     run = _merge(run, v_axes) if v_axes else run
-    nll = run.top + jnp.log(run.total) - run.target
-    out = nll, (run.target - run.other, run.total2 / jnp.square(run.total))
+    total = run.total + jnp.exp(target - run.top)
+    nll = run.top - target + jnp.log(total)
+    out = nll, (target - run.other, run.total2 / jnp.square(total))
     if not want_grad:
         return out, ()
-    own = own.astype(jnp.float32) * run.slope[:, None]
-    own = jax.lax.psum(own, v_axes) if v_axes else own
-    return out, (run.pull / run.total[:, None] - own).astype(dtype)
+    # d nll / d target logit = p[target] - 1 = -(sum of the others' p), without the cancellation.
+    push = (run.total * at_target)[:, None] * own.astype(jnp.float32)
+    return out, ((run.pull - push) / total[:, None]).astype(dtype)
 
 
 _GROUP = 128  # tokens a product of _add_active takes at a time
@@ -235,7 +235,5 @@ def _merge(run: _Running, axes: tuple[str, ...]) -> _Running:
         add(run.total * scale),
         add(run.total2 * jnp.square(scale)),
         jax.lax.pmax(run.other, axes),
-        add(run.target),
-        add(run.slope),
         add(run.pull * scale[:, None]) if run.pull.ndim else run.pull,
     )
