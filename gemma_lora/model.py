@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gemma_lora.arch import Arch
 from gemma_lora.errors import UserError, nearest
@@ -22,6 +23,7 @@ from gemma_lora.layers import (
     attention_mask,
     rope_table,
 )
+from gemma_lora.sharding import split_rows
 
 Wrap = Callable[[Einsum, str], nn.Module]
 
@@ -48,6 +50,7 @@ class Block(nn.Module):
     param_dtype: jnp.dtype
     wrap: Wrap
     quantize: str = ""
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x, is_local, rope, mask):
@@ -63,11 +66,11 @@ class Block(nn.Module):
         y = Attention(*common, name="attn")(norm("pre_attn_norm", x), rope, mask)
         if a.post_norms:
             y = norm("post_attn_norm", y)
-        x = (x + y).astype(self.dtype)
+        x = split_rows((x + y).astype(self.dtype), self.mesh)
         y = MLP(*common, name="mlp")(norm("pre_mlp_norm", x))
         if a.post_norms:
             y = norm("post_mlp_norm", y)
-        return (x + y).astype(self.dtype), None
+        return split_rows((x + y).astype(self.dtype), self.mesh), None
 
 
 class Transformer(nn.Module):
@@ -84,6 +87,7 @@ class Transformer(nn.Module):
     remat: str = "none"
     unroll: bool = False
     quantize: str = ""  # a name of layers.QUANTIZE: base matrices in fewer bits
+    mesh: Mesh | None = None  # the devices that share the rows of a batch; None: one
 
     @nn.compact
     def __call__(self, tokens: jax.Array, segments: jax.Array, positions: jax.Array) -> jax.Array:
@@ -95,6 +99,7 @@ class Transformer(nn.Module):
             raise UserError(f"quantize {self.quantize!r} is unknown, {near}; '' is off")
         table = self.embedding("embed")
         x = jnp.take(jax.lax.stop_gradient(table), tokens, axis=0).astype(self.dtype)
+        x = split_rows(x, self.mesh)
         if a.scale_embed:
             # Hugging Face rounds sqrt(D) to the weights' dtype before multiplying.
             x = x * jnp.asarray(a.embed**0.5, self.dtype)
@@ -119,7 +124,7 @@ class Transformer(nn.Module):
             unroll=a.layers if self.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "L"},
         )
-        layers = stack(a, self.dtype, self.param_dtype, self.wrap, self.quantize, name="layers")
+        layers = stack(a, self.dtype, self.param_dtype, self.wrap, self.quantize, self.mesh, name="layers")
         x, _ = layers(x, jnp.asarray(a.is_local), rope, mask)
         x = RMSNorm("D", a.embed, a.eps, a.norm_plus_one, name="final_norm")(x)
         return x.astype(self.dtype)
