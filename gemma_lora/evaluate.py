@@ -177,7 +177,7 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     check_vocabulary(found.examples, pretrained.arch.vocab)
     mesh = make_mesh(config.mesh)
     check_rows(config.data.batch_size, mesh)
-    model = build_model(pretrained.arch, config, wrap)
+    model = build_model(pretrained.arch, config, wrap, mesh)
     base = load_base(pretrained, model, mesh)
     if lora:
         lora = jax.device_put(lora, tree_shardings(model.abstract()["lora"], mesh))

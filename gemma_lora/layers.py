@@ -215,7 +215,7 @@ class Projections(nn.Module):
 
 
 class Attention(Projections):
-    """[B,T,D] -> [B,T,D] float32."""
+    """[B,T,D] -> [B,T,D] in `dtype`."""
 
     @nn.compact
     def __call__(self, x: jax.Array, rope: jax.Array, mask: jax.Array) -> jax.Array:
@@ -233,11 +233,12 @@ class Attention(Projections):
         k = apply_rope(k.astype(jnp.float32), rope)
         out = attention(q, k, v, mask, a.attn_softcap, self.dtype)
         out = checkpoint_name(out.astype(self.dtype), "attn")
-        return self.proj("o_proj", "BTNH,NHD->BTD")(out)
+        out = self.proj("o_proj", "BTNH,NHD->BTD")(out)
+        return checkpoint_name(out.astype(self.dtype), "o")
 
 
 class MLP(Projections):
-    """[B,T,D] -> [B,T,D] float32: down(act(gate(x)) * up(x))."""
+    """[B,T,D] -> [B,T,D] in `dtype`: down(act(gate(x)) * up(x))."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -246,4 +247,5 @@ class MLP(Projections):
         gate = checkpoint_name(gate.astype(self.dtype), "gate").astype(jnp.float32)
         up = checkpoint_name(up.astype(self.dtype), "up").astype(jnp.float32)
         act = nn.gelu(gate, approximate=True) if self.arch.gelu else nn.silu(gate)
-        return self.proj("down_proj", "BTF,FD->BTD")((act * up).astype(self.dtype))
+        out = self.proj("down_proj", "BTF,FD->BTD")((act * up).astype(self.dtype))
+        return checkpoint_name(out.astype(self.dtype), "down")

@@ -27,12 +27,14 @@ from gemma_lora.sharding import split_rows
 
 Wrap = Callable[[Einsum, str], nn.Module]
 
-_MATMULS = ("q", "k", "v", "attn", "gate", "up")
-# What the backward finds saved from the forward. 'matmuls' recomputes only element-wise work:
-# no base matrix product runs twice except the output projections, whose results nobody needs.
+# What the backward finds saved from the forward. 'matmuls' saves the result of every base matrix
+# product that the backward needs, so that none runs twice; attention, which multiplies activations
+# alone, runs again, and so does all element-wise work.
 REMAT: dict[str, Any] = {
     "none": None,
-    "matmuls": jax.checkpoint_policies.save_only_these_names(*_MATMULS),
+    "matmuls": jax.checkpoint_policies.save_only_these_names(
+        "q", "k", "v", "o", "gate", "up", "down"
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -124,7 +126,9 @@ class Transformer(nn.Module):
             unroll=a.layers if self.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "L"},
         )
-        layers = stack(a, self.dtype, self.param_dtype, self.wrap, self.quantize, self.mesh, name="layers")
+        layers = stack(
+            a, self.dtype, self.param_dtype, self.wrap, self.quantize, self.mesh, name="layers"
+        )
         x, _ = layers(x, jnp.asarray(a.is_local), rope, mask)
         x = RMSNorm("D", a.embed, a.eps, a.norm_plus_one, name="final_norm")(x)
         return x.astype(self.dtype)

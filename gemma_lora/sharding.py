@@ -85,12 +85,12 @@ def batch_sharding(mesh: Mesh, rank: int = 2) -> NamedSharding:
 
 
 def split_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """x [B,...], held to rows over data and fsdp and everything else whole; no mesh: x as it is.
+    """x [B,...], held to rows over data and fsdp and everything else whole; one device: x itself.
 
     The embedding table is split over D, and without this XLA follows the table: it splits the
     activations over D, gives every device all rows, and sums every matrix product over devices.
     """
-    if mesh is None:
+    if mesh is None or mesh.size == 1:
         return x
     rows = spec(("B",) + (None,) * (x.ndim - 1), x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rows))

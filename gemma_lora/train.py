@@ -65,7 +65,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     arch = pretrained.arch
     mesh = make_mesh(config.mesh)
     check_rows(config.data.batch_size, mesh)
-    model = build_model(arch, config, wrap)
+    model = build_model(arch, config, wrap, mesh)
     abstract = model.abstract()
     adapted = check_targets(wrap, nn.unbox(abstract["params"]))
     # Three checkpoints of A, B and Adam's two moments, in float32, can be there at once.

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import Mesh
 
 from gemma_lora.arch import ARCHS, Arch, get_arch
 from gemma_lora.errors import UserError, nearest
@@ -244,7 +245,7 @@ def load_base(pretrained: Pretrained, model: Transformer, mesh: Mesh) -> dict[st
     )
 
 
-def build_model(arch: Arch, config: Any, wrap: Callable) -> Transformer:
-    """The model a config describes."""
+def build_model(arch: Arch, config: Any, wrap: Callable, mesh: Mesh | None = None) -> Transformer:
+    """The model a config describes, on the mesh that will run it; none: one device."""
     dtype = jnp.dtype(config.dtype)
-    return Transformer(arch, dtype, dtype, wrap, config.remat, config.unroll, config.quantize)
+    return Transformer(arch, dtype, dtype, wrap, config.remat, config.unroll, config.quantize, mesh)
