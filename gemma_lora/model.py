@@ -4,6 +4,7 @@ Letters as in layers.py. Variable collections: 'params' holds the base weights, 
 adds, two trees with the same paths; every leaf under layers/ is stacked on a leading L axis.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma_lora.arch import Arch
+from gemma_lora.attention import attention, choose
 from gemma_lora.errors import UserError, nearest
 from gemma_lora.layers import (
     MLP,
@@ -20,7 +22,6 @@ from gemma_lora.layers import (
     Attention,
     Einsum,
     RMSNorm,
-    attention_mask,
     rope_table,
 )
 from gemma_lora.sharding import split_rows
@@ -51,21 +52,31 @@ class Block(nn.Module):
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     wrap: Wrap
-    quantize: str = ""
-    mesh: Mesh | None = None
+    quantize: str
+    mesh: Mesh | None
+    attention: str
 
     @nn.compact
-    def __call__(self, x, is_local, rope, mask):
+    def __call__(self, x, is_local, rope, segments):
         a = self.arch
 
         def norm(name, y):
             return RMSNorm("D", a.embed, a.eps, a.norm_plus_one, name=name)(y)
 
-        # Local and global layers differ in these two inputs only.
-        rope = jnp.where(is_local, rope[0], rope[1])
-        mask = jnp.where(is_local, mask[0], mask[1])
+        # Local and global layers differ in RoPE and in what a position sees.
+        rope = jnp.where(is_local, rope[0], rope[1]) if a.window else rope[1]
+        attend = functools.partial(
+            attention,
+            self.attention,
+            segments=segments,
+            is_local=is_local,
+            window=a.window,
+            softcap=a.attn_softcap,
+            dtype=self.dtype,
+            mesh=self.mesh,
+        )
         common = (a, self.dtype, self.param_dtype, self.wrap, self.quantize)
-        y = Attention(*common, name="attn")(norm("pre_attn_norm", x), rope, mask)
+        y = Attention(*common, name="attn")(norm("pre_attn_norm", x), rope, attend)
         if a.post_norms:
             y = norm("post_attn_norm", y)
         x = split_rows((x + y).astype(self.dtype), self.mesh)
@@ -90,6 +101,7 @@ class Transformer(nn.Module):
     unroll: bool = False
     quantize: str = ""  # a name of layers.QUANTIZE: base matrices in fewer bits
     mesh: Mesh | None = None  # the devices that share the rows of a batch; None: one
+    attention: str = "auto"  # a name of attention.NAMES
 
     @nn.compact
     def __call__(self, tokens: jax.Array, segments: jax.Array, positions: jax.Array) -> jax.Array:
@@ -113,7 +125,7 @@ class Transformer(nn.Module):
                 rope_table(positions, a.head_dim, a.rope_base, a.rope_factor),
             ]
         )
-        mask = jnp.stack([attention_mask(segments, a.window), attention_mask(segments, 0)])
+        how, _ = choose(self.attention, a, self.dtype, tokens.shape[1], self.mesh)
         block = Block
         if self.remat != "none":
             block = nn.remat(block, policy=REMAT[self.remat], prevent_cse=self.unroll)
@@ -126,10 +138,8 @@ class Transformer(nn.Module):
             unroll=a.layers if self.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "L"},
         )
-        layers = stack(
-            a, self.dtype, self.param_dtype, self.wrap, self.quantize, self.mesh, name="layers"
-        )
-        x, _ = layers(x, jnp.asarray(a.is_local), rope, mask)
+        common = (a, self.dtype, self.param_dtype, self.wrap, self.quantize, self.mesh, how)
+        x, _ = stack(*common, name="layers")(x, jnp.asarray(a.is_local), rope, segments)
         x = RMSNorm("D", a.embed, a.eps, a.norm_plus_one, name="final_norm")(x)
         return x.astype(self.dtype)
 

@@ -33,7 +33,7 @@ class State:
 def state_maker(
     model: Transformer, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[jax.Array], State]:
-    """The jitted maker of step 0 from a key: A random, B zero, on their shardings from the start."""
+    """The jitted maker of step 0 from a key: A random, B zero, on their shardings at once."""
     shardings = tree_shardings(model.abstract()["lora"], mesh)
 
     def init(key: jax.Array) -> State:

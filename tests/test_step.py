@@ -135,7 +135,7 @@ for sizes in ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)):
         leaf = base["layers"]["mlp"]["up_proj"]["w"]
         assert leaf.addressable_shards[0].data.size * sizes[1] * sizes[2] == leaf.size
     state = State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
-    step = jax.jit(make_train_step(model, tx, 2, 64, 0))
+    step = jax.jit(make_train_step(model.clone(mesh=mesh), tx, 2, 64, 0))
     state, metrics = step(state, base, to_global(batch, mesh))
     results.append(jax.device_get((metrics, state.opt_state)))
 loss = lambda r: float(r[0]["nll"].sum() / r[0]["tokens"].sum())

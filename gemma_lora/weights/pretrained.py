@@ -9,7 +9,6 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import Mesh
 
 from gemma_lora.arch import ARCHS, Arch, get_arch
 from gemma_lora.errors import UserError, nearest
@@ -248,4 +247,14 @@ def load_base(pretrained: Pretrained, model: Transformer, mesh: Mesh) -> dict[st
 def build_model(arch: Arch, config: Any, wrap: Callable, mesh: Mesh | None = None) -> Transformer:
     """The model a config describes, on the mesh that will run it; none: one device."""
     dtype = jnp.dtype(config.dtype)
-    return Transformer(arch, dtype, dtype, wrap, config.remat, config.unroll, config.quantize, mesh)
+    return Transformer(
+        arch,
+        dtype,
+        dtype,
+        wrap,
+        remat=config.remat,
+        unroll=config.unroll,
+        quantize=config.quantize,
+        mesh=mesh,
+        attention=config.attention,
+    )

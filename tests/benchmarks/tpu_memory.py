@@ -30,23 +30,23 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU's compiler alone; array
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-import flax.linen as nn  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
 
-from gemma_lora.arch import Arch, get_arch  # noqa: E402
-from gemma_lora.config import default  # noqa: E402
-from gemma_lora.lora import LoRAConfig, count  # noqa: E402
-from gemma_lora.optim import optimizer  # noqa: E402
-from gemma_lora.sharding import (  # noqa: E402
+from gemma_lora.arch import Arch, get_arch
+from gemma_lora.config import default, flat, to_dict
+from gemma_lora.lora import LoRAConfig, count
+from gemma_lora.optim import optimizer
+from gemma_lora.sharding import (
     batch_sharding,
     make_mesh,
     replicated,
     tree_shardings,
 )
-from gemma_lora.step import make_train_step, state_maker  # noqa: E402
-from gemma_lora.weights.pretrained import build_model  # noqa: E402
+from gemma_lora.step import make_train_step, state_maker
+from gemma_lora.weights.pretrained import build_model
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
          "f32": 4}  # fmt: skip
@@ -241,7 +241,9 @@ def main() -> None:
         for values in itertools.product(*(v for _, v in choices)):
             config = default()
             settings = dict(zip((k for k, _ in choices), values, strict=True))
-            config.update_from_flattened_dict(settings)
+            known = flat(to_dict(config))
+            typed = {k: type(known[k])(v) for k, v in settings.items()}
+            config.update_from_flattened_dict(typed)
             label = " ".join([f"{rows}x{length}", *(f"{k}={v}" for k, v in settings.items())])
             start = time.monotonic()
             compiled, total, table = compile_step(arch, config, mesh, rows, length)
