@@ -21,6 +21,7 @@ from absl import flags
 
 from gemma_lora import config as configs
 from gemma_lora import evaluate, report
+from gemma_lora.attention import choose
 from gemma_lora.checkpoint import Checkpoints
 from gemma_lora.data.pipeline import describe, load_data
 from gemma_lora.errors import UserError, run_main
@@ -73,6 +74,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax")}
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     name = arch.family if config.arch == "auto" else config.arch
+    how, why = choose(config.attention, arch, model.dtype, config.data.seq_len, mesh)
     ranks = dict.fromkeys(f"r {wrap.rank_of(p)} scale {wrap.scale_of(p):g}" for p in adapted)
     banner(
         "model",
@@ -84,6 +86,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
             "adapted": ", ".join(adapted),
             "dtype": f"{config.dtype}, base matrices {config.quantize or config.dtype}, adapters "
             f"float32; remat {config.remat}",
+            "attention": f"{how}, {why}" if why else how,
             "devices": f"{device}, mesh {', '.join(f'{a}={n}' for a, n in mesh.shape.items())}; "
             f"jax {versions['jax']}",
         },
