@@ -56,12 +56,16 @@ def choose(
 
 def _against_cudnn(arch: Arch, length: int, device: jax.Device) -> str:
     """The limits of jax.nn.dot_product_attention(implementation='cudnn')."""
-    most = 256 if float(device.compute_capability) >= 9 else 128
+    capability = str(device.compute_capability)
+    if not capability[:1].isdigit():
+        return f"it needs an NVIDIA GPU, and this is {capability}"
+    most = 256 if float(capability) >= 9 else 128
     if arch.attn_softcap:
         return "it has no soft-cap"
     if arch.head_dim > most or arch.head_dim % 8:
         return f"its head dim is at most {most} and a multiple of 8, and this is {arch.head_dim}"
-    return "it takes rows of even length" if length % 2 else ""
+    # One position, as the model's init has it, takes no backward.
+    return f"its rows are of even length, and this is {length}" if length % 2 and length > 1 else ""
 
 
 def attention(

@@ -86,6 +86,22 @@ def test_equals_the_reference(how, case, monkeypatch):
     same(attend, *inputs(**settings), back, softcap)
 
 
+def test_cudnn_is_asked_for_the_reference(monkeypatch):
+    """JAX's own form of the call that cuDNN answers on a GPU."""
+    asked = jax.nn.dot_product_attention
+
+    def plain(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        return asked(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
+
+    def attend(q, k, v, segments, back, softcap, dtype):
+        return module.cudnn(q, k, v, attention_mask(segments, back), dtype)
+
+    same(attend, *inputs(64, 4, 2, 16), 30, 0.0)
+
+
 @pytest.mark.parametrize(("name", "how"), [("gemma2", "block"), ("gemma3", "splash")])
 def test_a_model_of_local_and_global_layers(name, how, monkeypatch):
     """Loss and gradients in the scan over layers, where a layer's kind is a traced value."""
