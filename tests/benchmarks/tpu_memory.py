@@ -28,6 +28,7 @@ import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU's compiler alone; arrays stay here
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is run, so nothing is shared
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 import flax.linen as nn
