@@ -64,7 +64,9 @@ class LoRA(nn.Module):
         batch = "".join(c for c in x_letters if c not in w)
         h = dot(f"{x_letters},{w_in}R->{batch}R", x, a, self.base.dtype, False)
         y = dot(f"{batch}R,R{w_out}->{out}", h, b, self.base.dtype, False)
-        return y * self.scale
+        # In the products' dtype: beside the base's product a float32 one would be the largest array
+        # of a layer, which nothing can add up in place.
+        return (y * self.scale).astype(self.base.dtype)
 
     def dropped(self, x: jax.Array) -> jax.Array:
         """x, with dropout where the model is given a 'dropout' rng."""

@@ -178,14 +178,14 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     check_vocabulary(found.examples, pretrained.arch.vocab)
     mesh = make_mesh(config.mesh)
     check_rows(config.data.batch_size, mesh)
-    model = build_model(pretrained.arch, config, wrap)
+    model = build_model(pretrained.arch, config, wrap, mesh)
     base = load_base(pretrained, model, mesh)
     if lora:
         lora = jax.device_put(lora, tree_shardings(model.abstract()["lora"], mesh))
     slots = loss_slots(found.examples, config.data.seq_len, config.data.pack)
     data = fixed_set(found.examples, config, slots, found.label_tokens)
     step = jax.jit(
-        make_eval_step(model, Sweep(config.head.chunk, mesh=mesh), found.label_tokens),
+        make_eval_step(model, Sweep(**config.head), found.label_tokens),
         out_shardings=batch_sharding(mesh),
     )
     ledger = ledger_rows(step, lora, base, data, mesh, "eval", 0)

@@ -1,4 +1,4 @@
-"""The maths: the einsum seam, RMSNorm, RoPE, attention, MLP.
+"""The maths: the einsum seam, RMSNorm, RoPE, the projections round attention, MLP.
 
 Axis letters: B batch, T query position, S key position, D embed, F hidden, N heads, K kv heads,
 G heads per kv head, H head dim, V vocab, L layer, R rank. Einsum letters are the axis names.
@@ -171,34 +171,6 @@ def apply_rope(x: jax.Array, table: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def attention_mask(segments: jax.Array, window: int) -> jax.Array:
-    """[B,T] segment ids (0 is padding) -> bool [B,T,S]: causal, same segment, and, if window > 0,
-    fewer than `window` positions back."""
-    length = segments.shape[1]
-    i, j = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
-    visible = (j <= i) & ((j > i - window) if window else True)
-    return visible & (segments[:, :, None] == segments[:, None, :])
-
-
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, softcap: float, dtype: jnp.dtype
-) -> jax.Array:
-    """The reference: softmax(softcap(q k^T)) v over grouped heads.
-
-    q [B,T,N,H] (already scaled), k and v [B,S,K,H], mask [B,T,S]; returns [B,T,N,H] float32.
-    A fully masked row cannot occur: every position sees itself.
-    """
-    batch, length, heads, head_dim = q.shape
-    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim)
-    logits = dot("BTKGH,BSKH->BKGTS", q, k, dtype, False)
-    if softcap:
-        logits = jnp.tanh(logits / softcap) * softcap
-    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(logits, axis=-1)
-    out = dot("BKGTS,BSKH->BTKGH", probs, v, dtype, False)
-    return out.reshape(batch, length, heads, head_dim)
-
-
 class Projections(nn.Module):
     """Makes the named Einsums of a block; `wrap(einsum, path)` may put an adapter round each."""
 
@@ -221,11 +193,15 @@ class Projections(nn.Module):
         return RMSNorm(axis, size, self.arch.eps, self.arch.norm_plus_one, name=name)
 
 
+# (q [B,T,N,H], k, v [B,T,K,H], float32) -> [B,T,N,H] float32: attention.attention of one layer.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
 class Attention(Projections):
-    """[B,T,D] -> [B,T,D] in `dtype`."""
+    """[B,T,D] -> [B,T,D] in `dtype`; `attend` is the attention of this layer's positions."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, rope: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: jax.Array, attend: Attend) -> jax.Array:
         a = self.arch
         q = self.proj("q_proj", "BTD,DNH->BTNH", a.qkv_bias)(x)
         k = self.proj("k_proj", "BTD,DKH->BTKH", a.qkv_bias)(x)
@@ -238,8 +214,7 @@ class Attention(Projections):
             k = self.norm("k_norm", "H", a.head_dim)(k)
         q = apply_rope(q.astype(jnp.float32), rope) * a.query_scale**-0.5
         k = apply_rope(k.astype(jnp.float32), rope)
-        out = attention(q, k, v, mask, a.attn_softcap, self.dtype)
-        out = checkpoint_name(out.astype(self.dtype), "attn")
+        out = attend(q, k, v).astype(self.dtype)
         out = self.proj("o_proj", "BTNH,NHD->BTD")(out)
         return checkpoint_name(out.astype(self.dtype), "o")
 

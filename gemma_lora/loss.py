@@ -45,7 +45,6 @@ class Sweep(NamedTuple):
     # Where every probability of a token in a chunk is certainly below this, the backward takes the
     # chunk's mean embedding for all of its words, instead of a product; 0: never.
     floor: float = 0.0
-    mesh: Mesh | None = None
 
 
 class _Running(NamedTuple):
@@ -59,7 +58,12 @@ class _Running(NamedTuple):
 
 
 def token_stats(
-    hidden: jax.Array, targets: jax.Array, table: jax.Array, softcap: float, sweep: Sweep
+    hidden: jax.Array,
+    targets: jax.Array,
+    table: jax.Array,
+    softcap: float,
+    sweep: Sweep,
+    mesh: Mesh | None = None,
 ) -> TokenStats:
     """hidden [B,C,D], targets [B,C] int32, table [V,D] (frozen) -> TokenStats [B,C].
 
@@ -69,20 +73,20 @@ def token_stats(
     sum p_v |E_v - mean E| over the words v of the chunks that were not multiplied out, each of
     probability p_v < floor; the values themselves are exact either way.
     """
-    nll, rest = _stats(softcap, sweep, hidden, targets, table)
+    nll, rest = _stats(softcap, sweep, mesh, hidden, targets, table)
     return TokenStats(nll, *jax.lax.stop_gradient(rest))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _stats(softcap, sweep, hidden, targets, table):
-    return _sharded(softcap, sweep, False, hidden, targets, table)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _stats(softcap, sweep, mesh, hidden, targets, table):
+    return _sharded(softcap, sweep, mesh, False, hidden, targets, table)[0]
 
 
-def _stats_fwd(softcap, sweep, hidden, targets, table):
-    return _sharded(softcap, sweep, True, hidden, targets, table)
+def _stats_fwd(softcap, sweep, mesh, hidden, targets, table):
+    return _sharded(softcap, sweep, mesh, True, hidden, targets, table)
 
 
-def _stats_bwd(softcap, sweep, dx, cotangents):
+def _stats_bwd(softcap, sweep, mesh, dx, cotangents):
     d_nll, _ = cotangents
     return (d_nll[..., None] * dx.astype(jnp.float32)).astype(dx.dtype), None, None
 
@@ -90,10 +94,9 @@ def _stats_bwd(softcap, sweep, dx, cotangents):
 _stats.defvjp(_stats_fwd, _stats_bwd)
 
 
-def _sharded(softcap: float, sweep: Sweep, want_grad: bool, hidden, targets, table):
-    """((nll, (margin, other_p2)) [B,C], d nll / d hidden [B,C,D] or None), on sweep.mesh."""
+def _sharded(softcap, sweep, mesh: Mesh | None, want_grad: bool, hidden, targets, table):
+    """((nll, (margin, other_p2)) [B,C], d nll / d hidden [B,C,D] or None), on the mesh."""
     rows, slots, embed = hidden.shape
-    mesh = sweep.mesh
     if mesh is None or mesh.size == 1:
         run, ways = functools.partial(_sweep, softcap, sweep, want_grad, (), ()), 1
     else:

@@ -4,14 +4,17 @@ Letters as in layers.py. Variable collections: 'params' holds the base weights, 
 adds, two trees with the same paths; every leaf under layers/ is stacked on a leading L axis.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gemma_lora.arch import Arch
+from gemma_lora.attention import attention, choose
 from gemma_lora.errors import UserError, nearest
 from gemma_lora.layers import (
     MLP,
@@ -19,18 +22,20 @@ from gemma_lora.layers import (
     Attention,
     Einsum,
     RMSNorm,
-    attention_mask,
     rope_table,
 )
+from gemma_lora.sharding import split_rows
 
 Wrap = Callable[[Einsum, str], nn.Module]
 
-_MATMULS = ("q", "k", "v", "attn", "o", "gate", "up", "down")
-# What the backward finds saved from the forward. 'matmuls' recomputes only element-wise work:
-# no base matrix product runs twice except the output projections, whose results nobody needs.
+# What the backward finds saved from the forward. 'matmuls' saves the result of every base matrix
+# product that the backward needs, so that none runs twice; attention, which multiplies activations
+# alone, runs again, and so does all element-wise work.
 REMAT: dict[str, Any] = {
     "none": None,
-    "matmuls": jax.checkpoint_policies.save_only_these_names(*_MATMULS),
+    "matmuls": jax.checkpoint_policies.save_only_these_names(
+        "q", "k", "v", "o", "gate", "up", "down"
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -47,27 +52,38 @@ class Block(nn.Module):
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     wrap: Wrap
-    quantize: str = ""
+    quantize: str
+    mesh: Mesh | None
+    attention: str
 
     @nn.compact
-    def __call__(self, x, is_local, rope, mask):
+    def __call__(self, x, is_local, rope, segments):
         a = self.arch
 
         def norm(name, y):
             return RMSNorm("D", a.embed, a.eps, a.norm_plus_one, name=name)(y)
 
-        # Local and global layers differ in these two inputs only.
-        rope = jnp.where(is_local, rope[0], rope[1])
-        mask = jnp.where(is_local, mask[0], mask[1])
+        # Local and global layers differ in RoPE and in what a position sees.
+        rope = jnp.where(is_local, rope[0], rope[1]) if a.window else rope[1]
+        attend = functools.partial(
+            attention,
+            self.attention,
+            segments=segments,
+            is_local=is_local,
+            window=a.window,
+            softcap=a.attn_softcap,
+            dtype=self.dtype,
+            mesh=self.mesh,
+        )
         common = (a, self.dtype, self.param_dtype, self.wrap, self.quantize)
-        y = Attention(*common, name="attn")(norm("pre_attn_norm", x), rope, mask)
+        y = Attention(*common, name="attn")(norm("pre_attn_norm", x), rope, attend)
         if a.post_norms:
             y = norm("post_attn_norm", y)
-        x = (x + y).astype(self.dtype)
+        x = split_rows((x + y).astype(self.dtype), self.mesh)
         y = MLP(*common, name="mlp")(norm("pre_mlp_norm", x))
         if a.post_norms:
             y = norm("post_mlp_norm", y)
-        return (x + y).astype(self.dtype), None
+        return split_rows((x + y).astype(self.dtype), self.mesh), None
 
 
 class Transformer(nn.Module):
@@ -84,6 +100,8 @@ class Transformer(nn.Module):
     remat: str = "none"
     unroll: bool = False
     quantize: str = ""  # a name of layers.QUANTIZE: base matrices in fewer bits
+    mesh: Mesh | None = None  # the devices that share the rows of a batch; None: one
+    attention: str = "auto"  # a name of attention.NAMES
 
     @nn.compact
     def __call__(self, tokens: jax.Array, segments: jax.Array, positions: jax.Array) -> jax.Array:
@@ -95,6 +113,7 @@ class Transformer(nn.Module):
             raise UserError(f"quantize {self.quantize!r} is unknown, {near}; '' is off")
         table = self.embedding("embed")
         x = jnp.take(jax.lax.stop_gradient(table), tokens, axis=0).astype(self.dtype)
+        x = split_rows(x, self.mesh)
         if a.scale_embed:
             # Hugging Face rounds sqrt(D) to the weights' dtype before multiplying.
             x = x * jnp.asarray(a.embed**0.5, self.dtype)
@@ -106,7 +125,7 @@ class Transformer(nn.Module):
                 rope_table(positions, a.head_dim, a.rope_base, a.rope_factor),
             ]
         )
-        mask = jnp.stack([attention_mask(segments, a.window), attention_mask(segments, 0)])
+        how, _ = choose(self.attention, a, self.dtype, tokens.shape[1], self.mesh)
         block = Block
         if self.remat != "none":
             block = nn.remat(block, policy=REMAT[self.remat], prevent_cse=self.unroll)
@@ -119,8 +138,8 @@ class Transformer(nn.Module):
             unroll=a.layers if self.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "L"},
         )
-        layers = stack(a, self.dtype, self.param_dtype, self.wrap, self.quantize, name="layers")
-        x, _ = layers(x, jnp.asarray(a.is_local), rope, mask)
+        common = (a, self.dtype, self.param_dtype, self.wrap, self.quantize, self.mesh, how)
+        x, _ = stack(*common, name="layers")(x, jnp.asarray(a.is_local), rope, segments)
         x = RMSNorm("D", a.embed, a.eps, a.norm_plus_one, name="final_norm")(x)
         return x.astype(self.dtype)
 

@@ -84,6 +84,18 @@ def batch_sharding(mesh: Mesh, rank: int = 2) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *(None,) * (rank - 1)))
 
 
+def split_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """x [B,...], held to rows over data and fsdp and everything else whole; one device: x itself.
+
+    The embedding table is split over D, and without this XLA follows the table: it splits the
+    activations over D, gives every device all rows, and sums every matrix product over devices.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    rows = spec(("B",) + (None,) * (x.ndim - 1), x.shape, mesh)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rows))
+
+
 def check_rows(batch_size: int, mesh: Mesh) -> None:
     """Raises UserError where the devices cannot share the rows of a batch evenly."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -30,10 +30,10 @@ class State:
     opt_state: Any
 
 
-def init_state(
-    model: Transformer, tx: optax.GradientTransformation, seed: int, mesh: Mesh
-) -> State:
-    """Step 0: A random, B zero, on their shardings from the start."""
+def state_maker(
+    model: Transformer, tx: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[jax.Array], State]:
+    """The jitted maker of step 0 from a key: A random, B zero, on their shardings at once."""
     shardings = tree_shardings(model.abstract()["lora"], mesh)
 
     def init(key: jax.Array) -> State:
@@ -41,16 +41,21 @@ def init_state(
         lora = nn.unbox(model.init(key, token, token, token)["lora"])
         return State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
 
-    key = jax.random.key(seed)
     of_optimizer = optax.tree_utils.tree_map_params(
         tx,
         lambda _, sharding: sharding,
-        jax.eval_shape(init, key).opt_state,
+        jax.eval_shape(init, jax.random.key(0)).opt_state,
         shardings,
         transform_non_params=lambda _: replicated(mesh),
     )
-    out = State(replicated(mesh), shardings, of_optimizer)
-    return jax.jit(init, out_shardings=out)(key)
+    return jax.jit(init, out_shardings=State(replicated(mesh), shardings, of_optimizer))
+
+
+def init_state(
+    model: Transformer, tx: optax.GradientTransformation, seed: int, mesh: Mesh
+) -> State:
+    """Step 0."""
+    return state_maker(model, tx, mesh)(jax.random.key(seed))
 
 
 def loss_hidden(
@@ -76,7 +81,7 @@ def forward(
     """Statistics [B,C] of the batch's loss positions."""
     hidden = loss_hidden(model, base, lora, batch, rng)
     table = head_weight(base, model.arch)
-    return token_stats(hidden, batch["targets"], table, model.arch.final_softcap, sweep)
+    return token_stats(hidden, batch["targets"], table, model.arch.final_softcap, sweep, model.mesh)
 
 
 def make_train_step(
@@ -140,7 +145,9 @@ def make_eval_step(
     def step(lora, base, batch):
         hidden = loss_hidden(model, base, lora, batch, None)
         table = head_weight(base, model.arch)
-        stats = token_stats(hidden, batch["targets"], table, model.arch.final_softcap, sweep)
+        stats = token_stats(
+            hidden, batch["targets"], table, model.arch.final_softcap, sweep, model.mesh
+        )
         out = {k: getattr(stats, k) for k in ("nll", "correct", "margin", "el2n")}
         if label_tokens:
             words = jnp.take(table, jnp.asarray(label_tokens), axis=0)

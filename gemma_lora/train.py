@@ -21,6 +21,7 @@ from absl import flags
 
 from gemma_lora import config as configs
 from gemma_lora import evaluate, report
+from gemma_lora.attention import choose
 from gemma_lora.checkpoint import Checkpoints
 from gemma_lora.data.pipeline import describe, load_data
 from gemma_lora.errors import UserError, run_main
@@ -66,7 +67,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     arch = pretrained.arch
     mesh = make_mesh(config.mesh)
     check_rows(config.data.batch_size, mesh)
-    model = build_model(arch, config, wrap)
+    model = build_model(arch, config, wrap, mesh)
     abstract = model.abstract()
     adapted = check_targets(wrap, nn.unbox(abstract["params"]))
     # Three checkpoints of A, B and Adam's two moments, in float32, can be there at once.
@@ -74,6 +75,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax")}
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     name = arch.family if config.arch == "auto" else config.arch
+    how, why = choose(config.attention, arch, model.dtype, config.data.seq_len, mesh)
     ranks = dict.fromkeys(f"r {wrap.rank_of(p)} scale {wrap.scale_of(p):g}" for p in adapted)
     banner(
         "model",
@@ -85,6 +87,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
             "adapted": ", ".join(adapted),
             "dtype": f"{config.dtype}, base matrices {config.quantize or config.dtype}, adapters "
             f"float32; remat {config.remat}",
+            "attention": f"{how}, {why}" if why else how,
             "devices": f"{device}, mesh {', '.join(f'{a}={n}' for a, n in mesh.shape.items())}; "
             f"jax {versions['jax']}",
         },
@@ -136,7 +139,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     # ---- compile once ---------------------------------------------------------------------------
     with mark("compile"):
         sample = to_global(train_set.batch_at(0).arrays, mesh)
-        sweep = Sweep(config.head.chunk, config.head.floor, mesh)
+        sweep = Sweep(**config.head)
         train_step = jax.jit(
             make_train_step(model, tx, config.train.micro_batches, sweep, config.seed),
             donate_argnums=0,

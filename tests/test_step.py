@@ -139,7 +139,7 @@ for sizes in ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)):
     state = State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
     arrays = to_global(batch, mesh)
     floor = 1e-30 if n > 1 else 0.0  # so low that no chunk is passed over
-    step = jax.jit(make_train_step(model, tx, 2, Sweep(16, floor, mesh), 0))
+    step = jax.jit(make_train_step(model.clone(mesh=mesh), tx, 2, Sweep(16, floor), 0))
     step = step.lower(state, base, arrays).compile()
     # Each device's own words of the table, a chunk at a time: the table is nowhere gathered.
     whole = f"f32[{model.arch.vocab},{model.arch.embed}]"

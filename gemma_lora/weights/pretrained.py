@@ -244,7 +244,17 @@ def load_base(pretrained: Pretrained, model: Transformer, mesh: Mesh) -> dict[st
     )
 
 
-def build_model(arch: Arch, config: Any, wrap: Callable) -> Transformer:
-    """The model a config describes."""
+def build_model(arch: Arch, config: Any, wrap: Callable, mesh: Mesh | None = None) -> Transformer:
+    """The model a config describes, on the mesh that will run it; none: one device."""
     dtype = jnp.dtype(config.dtype)
-    return Transformer(arch, dtype, dtype, wrap, config.remat, config.unroll, config.quantize)
+    return Transformer(
+        arch,
+        dtype,
+        dtype,
+        wrap,
+        remat=config.remat,
+        unroll=config.unroll,
+        quantize=config.quantize,
+        mesh=mesh,
+        attention=config.attention,
+    )

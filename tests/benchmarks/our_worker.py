@@ -61,7 +61,7 @@ def main() -> None:
         wrap = lambda base, path: Offset(base, 1, 1.0, 0.0)  # noqa: E731
     model = build_model(pretrained.arch, config, wrap)
     base = load_base(pretrained, model, mesh)
-    sweep = Sweep(config.head.chunk, config.head.floor, mesh)
+    sweep = Sweep(**config.head)
     arrays = [batch_arrays(b) for b in batches]
     if job["work"] == "train":
         tx = optimizer(config.optim, 1000)

@@ -1,0 +1,216 @@
+"""Attention: every implementation against the reference, and what compiles for a TPU."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from gemma_lora import attention as module
+from gemma_lora import model as model_module
+from gemma_lora.arch import get_arch
+from gemma_lora.attention import attention, attention_mask, block, choose, reference, splash
+from gemma_lora.errors import UserError
+from gemma_lora.lora import LoRAConfig
+from gemma_lora.sharding import make_mesh, spec
+from gemma_lora.step import forward
+
+
+def inputs(length, heads, kv_heads, head_dim, rows=2):
+    """q, k, v, a cotangent, and segments: packed rows that end in padding."""
+    rng = np.random.default_rng(0)
+    shapes = [(rows, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    q, k, v, dz = (jnp.asarray(rng.normal(0, 1, s), jnp.float32) for s in shapes)
+    segments = np.zeros((rows, length), np.int32)
+    for i, row in enumerate(segments):
+        first, last = (length // 2, length // 2 + 1) if i % 2 else (length // 3, length - 5)
+        row[:first], row[first:last] = 1, 2
+    return q * head_dim**-0.5, k, v, dz, jnp.asarray(segments)
+
+
+def out_and_grads(attend, q, k, v, dz):
+    """The attention, and the gradients of its product with dz."""
+    out, pull = jax.vjp(attend, q, k, v)
+    return (out, *pull(dz))
+
+
+def same(attend, q, k, v, dz, segments, back, softcap):
+    want = functools.partial(
+        reference, mask=attention_mask(segments, back), softcap=softcap, dtype=jnp.float32
+    )
+    got = functools.partial(
+        attend, segments=segments, back=back, softcap=softcap, dtype=jnp.float32
+    )
+    pairs = zip(
+        jax.jit(functools.partial(out_and_grads, got))(q, k, v, dz),
+        jax.jit(functools.partial(out_and_grads, want))(q, k, v, dz),
+        ("out", "dq", "dk", "dv"),
+        strict=True,
+    )
+    for a, b, name in pairs:
+        assert np.max(np.abs(a - b)) <= 2e-5 * np.max(np.abs(b)), name
+
+
+CASES = {
+    "causal": dict(length=256, heads=2, kv_heads=2, head_dim=128, back=256, softcap=0.0),
+    "window": dict(length=256, heads=2, kv_heads=2, head_dim=128, back=70, softcap=0.0),
+    "soft-cap, grouped heads": dict(
+        length=256, heads=4, kv_heads=2, head_dim=128, back=100, softcap=3.0
+    ),
+    "one key head": dict(length=200, heads=4, kv_heads=1, head_dim=256, back=200, softcap=0.0),
+    "head dim 64, odd length": dict(
+        length=301, heads=4, kv_heads=2, head_dim=64, back=128, softcap=0.0
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("how", ["block", "splash"])
+def test_equals_the_reference(how, case, monkeypatch):
+    """Outputs and gradients, packed rows, padding; the TPU's kernel interpreted on the CPU."""
+    settings = dict(CASES[case])
+    back, softcap = settings.pop("back"), settings.pop("softcap")
+    monkeypatch.setattr(module, "BLOCK", 64)
+    attend = block if how == "block" else functools.partial(splash, mesh=None, interpret=True)
+    same(attend, *inputs(**settings), back, softcap)
+
+
+def test_cudnn_is_asked_for_the_reference(monkeypatch):
+    """JAX's own form of the call that cuDNN answers on a GPU."""
+    asked = jax.nn.dot_product_attention
+
+    def plain(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        return asked(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
+
+    def attend(q, k, v, segments, back, softcap, dtype):
+        return module.cudnn(q, k, v, attention_mask(segments, back), dtype)
+
+    same(attend, *inputs(64, 4, 2, 16), 30, 0.0)
+
+
+@pytest.mark.parametrize(("name", "how"), [("gemma2", "block"), ("gemma3", "splash")])
+def test_a_model_of_local_and_global_layers(name, how, monkeypatch):
+    """Loss and gradients in the scan over layers, where a layer's kind is a traced value."""
+    monkeypatch.setattr(module, "BLOCK", 16)
+    monkeypatch.setattr(module, "splash", functools.partial(splash, interpret=True))
+    tokens = tiny.tokens()
+    arch = common.tiny_arch(name)
+    assert 0 < arch.window < tokens.shape[1] and len(set(arch.is_local)) == 2
+    batch = common.batch_of(tokens, tiny.loss_mask(tokens.shape))
+    found = []
+    for one in ("reference", how):
+        monkeypatch.setattr(model_module, "choose", lambda *_, one=one: (one, ""))
+        model, params = common.tiny_model(name, LoRAConfig(4, 8.0, 0.0), remat="matmuls")
+
+        def loss(lora, model=model, params=params):
+            stats = forward(model, 32, params, lora, batch, None)
+            return jnp.sum(stats.nll * batch["loss_mask"])
+
+        found.append(jax.jit(jax.value_and_grad(loss))(common.adapter(name)))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        assert np.max(np.abs(a - b)) <= 2e-5 * np.max(np.abs(b))
+
+
+SHARDED = """
+import sys; sys.path[:0] = sys.argv[1:]
+import functools, jax, test_attention as t
+from gemma_lora.attention import splash
+from gemma_lora.sharding import make_mesh
+
+mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, jax.devices())
+attend = functools.partial(splash, mesh=mesh, interpret=True)
+for kv_heads in (1, 2, 3):
+    args = t.inputs(130, 6, kv_heads, 64, rows=4)
+    t.same(attend, *args, 70, 5.0)
+print("equal")
+"""
+
+
+def test_splash_on_a_mesh_equals_the_reference():
+    """Rows over two axes, heads over the third: one key head, two, and three that do not divide."""
+    here = Path(__file__).parent
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, str(here), str(here.parent)],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize("name", ["gemma_2b", "gemma2_2b", "qwen2_0p5b"])
+def test_splash_compiles_for_a_tpu(name, topology, monkeypatch):
+    """Forward and backward, local and global layers, split over rows and heads; nothing [T,S]."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, the TPU's compiler, is not installed")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, devices)
+    arch, length = get_arch(name), 600
+    assert choose("auto", arch, jnp.bfloat16, length, mesh) == ("splash", "")
+
+    def loss(q, k, v, segments, is_local):
+        out = attention(
+            "splash", q, k, v, segments, is_local, window=200 if arch.window else 0,
+            softcap=arch.attn_softcap, dtype=jnp.bfloat16, mesh=mesh,
+        )  # fmt: skip
+        return jnp.sum(out**2)
+
+    def like(letters, *shape, dtype=jnp.float32):
+        sharding = NamedSharding(mesh, spec(tuple(letters), shape, mesh))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    q = like("BTNH", 4, length, arch.heads, arch.head_dim)
+    k = like("BTKH", 4, length, arch.kv_heads, arch.head_dim)
+    segments = like("BT", 4, length, dtype=jnp.int32)
+    is_local = like("", dtype=jnp.bool_)
+    step = jax.jit(jax.grad(loss, (0, 1, 2)))
+    text = step.lower(q, k, k, segments, is_local).compile().as_text()
+    assert text.count("tpu_custom_call") >= 3
+    assert "640,640]" not in text and "600,600]" not in text
+
+
+def devices_of(platform, **kwargs):
+    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform, **kwargs)]))
+
+
+def test_the_implementation_is_chosen_by_platform():
+    gemma, capped = get_arch("gemma_2b"), get_arch("gemma2_2b")
+    tpu, cpu = devices_of("tpu"), devices_of("cpu")
+    hopper, ampere = (devices_of("gpu", compute_capability=c) for c in ("9.0", "8.0"))
+    half, single = jnp.bfloat16, jnp.float32
+    assert choose("auto", gemma, half, 256, tpu) == ("splash", "")
+    assert choose("auto", gemma, half, 256, hopper) == ("cudnn", "")
+    assert choose("auto", gemma, half, 128, cpu) == ("reference", "")
+    assert choose("auto", gemma, half, 256, cpu) == ("block", "")
+    for arch, dtype, length, where, why in (
+        (gemma, single, 256, tpu, "not splash: .* float32"),
+        (gemma, single, 256, hopper, "not cudnn: .* float32"),
+        (capped, half, 256, hopper, "not cudnn: .* soft-cap"),
+        (gemma, half, 256, ampere, "not cudnn: .* at most 128 .* 256"),
+        (gemma, half, 255, hopper, "not cudnn: .* even"),
+    ):
+        how, said = choose("auto", arch, dtype, length, where)
+        assert how == "reference"
+        with pytest.raises(UserError, match=why):
+            raise UserError(said)
+    for name, why in (("splsh", "splash"), ("splash", "TPU kernel.*cpu"), ("cudnn", "GPU.*cpu")):
+        with pytest.raises(UserError, match=why):
+            choose(name, gemma, half, 256, cpu)
