@@ -22,11 +22,25 @@ from absl import flags
 from gemma_lora import config as configs
 from gemma_lora import evaluate, report
 from gemma_lora.checkpoint import Checkpoints
+from gemma_lora.compiled import Compiled, keep_compiled
+from gemma_lora.data.dataset import Batch
 from gemma_lora.data.pipeline import describe, load_data
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import write_text
 from gemma_lora.lora import LoRAConfig, check_targets, count, from_base, on_original_base
-from gemma_lora.metrics import Metrics, Phases, Timer, banner, clock, finite, peak_memory, say
+from gemma_lora.metrics import (
+    COPY,
+    STEPS,
+    WAIT,
+    Metrics,
+    Phases,
+    Timer,
+    banner,
+    clock,
+    finite,
+    peak_memory,
+    say,
+)
 from gemma_lora.optim import optimizer, schedule
 from gemma_lora.sharding import (
     batch_sharding,
@@ -44,13 +58,18 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; resumed if
 
 
 def main() -> None:
+    phases = Phases(imports=True)
     config = configs.parse_flags(("config", "workdir"))
-    train(config, pathlib.Path(WORKDIR.value))
+    keep_compiled()
+    train(config, pathlib.Path(WORKDIR.value), phases)
 
 
-def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
-    """Runs or resumes the training a config describes; returns the report."""
-    phases = Phases()
+def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> dict[str, Any]:
+    """Runs or resumes the training a config describes; returns the report.
+
+    phases: what was spent before; None: nothing.
+    """
+    phases = phases or Phases()
     mark = phases.mark
 
     # ---- what and where -------------------------------------------------------------------------
@@ -134,26 +153,27 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
 
     # ---- compile once ---------------------------------------------------------------------------
     with mark("compile"):
-        sample = to_global(train_set.batch_at(0).arrays, mesh)
         train_step = jax.jit(
             make_train_step(model, tx, config.train.micro_batches, config.vocab_chunk, config.seed),
             donate_argnums=0,
             out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
         )
-        train_step = train_step.lower(state, base, sample).compile()
+        train_step = Compiled(train_step, (state, base), (train_set,), mesh)
         eval_step = jax.jit(
             make_eval_step(model, config.vocab_chunk, train_set.label_tokens),
             out_shardings=batch_sharding(mesh),
         )
-        eval_step = eval_step.lower(state.lora, base, sample).compile()
-    memory = train_step.memory_analysis()
+        eval_step = Compiled(eval_step, (state.lora, base), (validation, probe), mesh)
+    # Of the longest rows, the largest.
+    memory = train_step.made[max(train_step.made)].memory_analysis()
     banner(
         "step",
         {
-            "compiled in": f"{phases.seconds['compile']:.1f} s, train and eval step",
+            "compiled in": f"{phases.seconds['compile']:.1f} s, train and eval step"
+            + (f", for {len(train_step.made)} row lengths" if len(train_step.made) > 1 else ""),
             "memory a device": f"{memory.argument_size_in_bytes / 2**30:.2f} GiB arguments, "
             f"{memory.temp_size_in_bytes / 2**30:.2f} GiB temporary",
-            "before the first step": clock(phases.since_start()),
+            "before the first step": f"{clock(phases.since_start())}: {phases.told()}",
         },
     )
 
@@ -192,6 +212,16 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         if jax.process_index() == 0:
             write_text(workdir / "run.json", json.dumps(finite(run), indent=2) + "\n")
 
+    def upcoming() -> tuple[Batch, dict[str, jax.Array]] | None:
+        """The next batch, on its way to the devices; None after the last.
+
+        The device still works on the step before, so the seconds are the most that it waited.
+        """
+        with mark(WAIT):
+            batch = next(batches, None)
+        with mark(COPY):
+            return batch and (batch, to_global(batch.arrays, mesh))
+
     def evaluate_now(step: int) -> None:
         """Both fixed sets: ledger, metrics, best so far; raises _NotFiniteError."""
         with mark("evaluate"):
@@ -228,6 +258,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         """The record of a finished step; raises _NotFiniteError."""
         sums = {k: np.asarray(v, np.float64) for k, v in jax.device_get(sums).items()}
         seconds = timer.lap()
+        phases.add(STEPS, seconds)
         loss_tokens = sums["tokens"].sum()
         loss = float(sums["nll"].sum() / loss_tokens)
         norm = float(sums["grad_norm"])
@@ -266,11 +297,12 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
             save_run("running", step)
             batches = iter(train_set.batches(step, total))
             timer.lap()
+            coming = upcoming()
             while step < total and not _patience_over(notes, config):
-                batch = next(batches)
-                arrays = to_global(batch.arrays, mesh)
+                batch, arrays = coming
                 with jax.transfer_guard("disallow"):
                     state, sums = train_step(state, base, arrays)
+                coming = upcoming()  # while the device works
                 step += 1
                 # The device works on this step while the host reports the one before.
                 if in_flight is not None:
@@ -330,6 +362,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
                 "validation loss": "{start:.4f} -> {best:.4f}: {conclusion}".format(
                     **written["validation"]["loss"]
                 ),
+                "waiting for data": phases.waited(),
                 "peak memory": ", ".join(
                     f"{n / 2**30:.2f} GiB on the {where}"
                     for where, n in run["peak_memory"].items()

@@ -215,6 +215,7 @@ HOUSE = [
     "weights.peft",
     "weights.pretrained",
     "optim",
+    "compiled",
     "step",
     "metrics",
     "workdir",

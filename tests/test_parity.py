@@ -213,12 +213,11 @@ def test_real_gsm8k_loss(real, source):
     assert [e.load for e in found.examples] == want["gsm8k_counts"].tolist()
     fixed = dataset.Dataset(
         found.examples,
-        seq_len=256,
+        shapes=dataset.shapes(found.examples, data),
         batch_size=4,
         pack=False,
         seed=0,
         shuffle=False,
-        slots=dataset.loss_slots(found.examples, 256, False),
     )
     step = jax.jit(make_eval_step(real.model, 4096))
     ledger = ledger_rows(step, {}, real.base, fixed, real.mesh, "train", 0)

@@ -18,7 +18,7 @@ from common import one_device, read_json, tiny_arch
 from tiny_run import ledger, left, records, settings
 
 from gemma_lora import config, evaluate, train
-from gemma_lora.data.pipeline import load_data
+from gemma_lora.data.pipeline import dataset, load_data
 from gemma_lora.errors import UserError
 from gemma_lora.metrics import Metrics
 from gemma_lora.model import no_wrap
@@ -371,7 +371,7 @@ def test_packed_micro_batches(inputs, tmp_path, monkeypatch):
     train_set = load_data(c, pretrained.tokenizer(), pretrained.arch.vocab)[0]
     model, mesh = build_model(pretrained.arch, c, no_wrap), one_device()
     step = jax.jit(make_eval_step(model, c.vocab_chunk))
-    fixed = evaluate.fixed_set(train_set.examples, c, train_set.slots, ())
+    fixed = dataset(train_set.examples, c, train_set.shapes, (), shuffle=False)
     base = load_base(pretrained, model, mesh)
     rows = evaluate.ledger_rows(step, {}, base, fixed, mesh, "train", 0)
     batch = train_set.plan(0)[:4]

@@ -1,11 +1,13 @@
-"""Rows -> tokens with a loss mask -> batches of one fixed shape; `batch_at(step)` is pure.
+"""Rows -> tokens with a loss mask -> batches of few fixed shapes; `batch_at(step)` is pure.
 
 Letters: B rows of a batch, T tokens of a row, C positions of a row that carry loss.
 """
 
+import bisect
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -222,20 +224,22 @@ def split(
 class Dataset:
     """Examples in batches [B,T] of this process's rows; every epoch sees each example once.
 
-    The last batch of an epoch is filled with empty rows. `shuffle` reorders each epoch by
-    (seed, epoch); without it (evaluation) there is one epoch in the given order.
+    shapes: T -> C for each length that rows may have. A batch is as long as its longest row needs;
+    examples meet in batches those of their own length, and what is left of a length over full
+    batches goes along with the next longer one. The last batch of an epoch is filled with empty
+    rows. `shuffle` reorders each epoch by (seed, epoch); without it (evaluation) there is one
+    epoch, in the given order within each length.
     """
 
     def __init__(
         self,
         examples: list[Example],
         *,
-        seq_len: int,
+        shapes: dict[int, int],
         batch_size: int,
         pack: bool,
         seed: int,
         shuffle: bool,
-        slots: int,
         label_tokens: tuple[int, ...] = (),
         process: tuple[int, int] = (0, 1),
     ):
@@ -244,11 +248,12 @@ class Dataset:
             raise UserError(f"data.batch_size {batch_size} is not a multiple of {count} processes")
         self.examples = examples
         self.label_tokens = label_tokens
-        self.seq_len, self.batch_size, self.slots = seq_len, batch_size, slots
+        self.shapes, self.batch_size = shapes, batch_size
         self._pack, self._shuffle, self._seed = pack, shuffle, seed
         self._mine = slice(index * batch_size // count, (index + 1) * batch_size // count)
         order = grain.MapDataset.range(len(examples)).seed(seed)
         self._order = order.shuffle().repeat() if shuffle else order
+        self._sizes = sorted(shapes)
         self._lengths = [len(e.tokens) for e in examples]
         self._loads = [e.load for e in examples]
         # Packing 10,000 examples costs half a second; the plan is a function of the epoch alone.
@@ -259,24 +264,55 @@ class Dataset:
         return -(-len(self.plan(0)) // self.batch_size)
 
     def _plan(self, epoch: int) -> list[list[int]]:
-        """The rows of an epoch, each a list of examples."""
+        """The rows of an epoch, each a list of examples, in the order of its batches."""
         n = len(self.examples)
         order = [int(self._order[epoch * n + i]) for i in range(n)]
-        if not self._pack:
-            return [[i] for i in order]
-        rows = pack(self._lengths, self._loads, order, self.seq_len, self.slots)
-        if not self._shuffle:
+        if self._pack:
+            size = self._sizes[-1]
+            rows = pack(self._lengths, self._loads, order, size, self.shapes[size])
+            # Best-fit leaves long rows first; the order of rows must not follow their length.
+            return self._mixed(rows, epoch) if self._shuffle else rows
+        rows = [[i] for i in order]
+        if len(self._sizes) == 1:
             return rows
-        # Best-fit leaves long rows first; the order of rows must not follow their length.
-        mixed = grain.MapDataset.range(len(rows)).seed(self._seed).shuffle().repeat()
-        return [rows[int(mixed[epoch * len(rows) + i])] for i in range(len(rows))]
+        # As many full batches as without buckets, and of each length as many in every epoch.
+        rows.sort(key=lambda row: self._size([row]))
+        full = [rows[i : i + self.batch_size] for i in range(0, n, self.batch_size)]
+        last = full.pop() if n % self.batch_size else []
+        if self._shuffle:
+            full = self._mixed(full, epoch)
+        return [*itertools.chain.from_iterable(full), *last]
+
+    def _mixed(self, items: list[Any], epoch: int) -> list[Any]:
+        """A permutation of the items, from (seed, epoch)."""
+        if not items:
+            return items
+        mixed = grain.MapDataset.range(len(items)).seed(self._seed).shuffle().repeat()
+        return [items[int(mixed[epoch * len(items) + i])] for i in range(len(items))]
+
+    def _size(self, rows: list[list[int]]) -> int:
+        """T: the smallest length that holds the longest of these rows."""
+        longest = max(sum(self._lengths[i] for i in row) for row in rows)
+        return self._sizes[bisect.bisect_left(self._sizes, longest)]
+
+    def _rows(self, step: int) -> list[list[int]]:
+        """The rows of a step's batch over all processes, without those that fill it."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        return self.plan(epoch)[i * self.batch_size : (i + 1) * self.batch_size]
+
+    def steps_by_length(self) -> dict[int, list[int]]:
+        """T -> the steps of the first epoch whose batches are so long; only lengths in use."""
+        found: dict[int, list[int]] = {}
+        for step in range(self.steps_per_epoch):
+            found.setdefault(self._size(self._rows(step)), []).append(step)
+        return dict(sorted(found.items()))
 
     def batch_at(self, step: int) -> Batch:
         """The batch of a step, from (seed, step) alone."""
-        epoch, i = divmod(step, self.steps_per_epoch)
-        rows = self.plan(epoch)[i * self.batch_size : (i + 1) * self.batch_size]
+        rows = self._rows(step)
+        size = self._size(rows)
         rows = [*rows, *[[]] * (self.batch_size - len(rows))][self._mine]
-        shape, wide = (len(rows), self.seq_len), (len(rows), self.slots)
+        shape, wide = (len(rows), size), (len(rows), self.shapes[size])
         tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
         loss_pos, targets = (np.zeros(wide, np.int32) for _ in range(2))
         owner = np.full(wide, -1, np.int32)
@@ -312,7 +348,8 @@ class Dataset:
     @property
     def fill(self) -> float:
         """Share of the first epoch's token positions that are not padding."""
-        return sum(self._lengths) / (self.steps_per_epoch * self.batch_size * self.seq_len)
+        rows = sum(size * len(steps) for size, steps in self.steps_by_length().items())
+        return sum(self._lengths) / (self.batch_size * rows)
 
     def fingerprint(self) -> str:
         """A hash of every example's id, tokens and mask, in order."""
@@ -322,15 +359,32 @@ class Dataset:
         return h.hexdigest()[:16]
 
 
+def shapes(examples: list[Example], data: Any) -> dict[int, int]:
+    """T -> C for the rows of data.buckets and of data.seq_len, where they hold an example."""
+    sizes = (*data.buckets, data.seq_len)
+    held = {size: [e for e in examples if len(e.tokens) <= size] for size in sizes}
+    return {size: loss_slots(part, size, data.pack) for size, part in held.items() if part}
+
+
 def loss_slots(examples: list[Example], seq_len: int, packed: bool) -> int:
     """C: a row's capacity of loss positions, a multiple of 8.
 
-    Unpacked, the largest example's need. Packed, the average density of a full row plus a sixth
-    (the packer fills rows up to this bound), so that the head does not run on positions that carry
-    no loss.
+    Unpacked, the largest example's need. Packed, the least that costs at most one row in 200, so that
+    neither the model runs on padding nor the head on positions that carry no loss.
     """
-    need = max(e.load for e in examples)
-    if packed:
-        density = sum(e.load for e in examples) / sum(len(e.tokens) for e in examples)
-        need = max(need, round(seq_len * density * 7 / 6))
-    return min(-(-need // 8) * 8, -(-seq_len // 8) * 8)
+    most = -(-seq_len // 8)  # in eights, like all that follows
+    need = min(-(-max(e.load for e in examples) // 8), most)
+    if not packed:
+        return 8 * need
+    some = examples[:: 1 + len(examples) // _SAMPLE]
+    lengths, loads = [len(e.tokens) for e in some], [e.load for e in some]
+    enough = 1.005 * len(pack(lengths, loads, range(len(some)), seq_len, seq_len))
+
+    def fits(slots: int) -> bool:
+        return len(pack(lengths, loads, range(len(some)), seq_len, 8 * slots)) <= enough
+
+    need = max(need, min(int(sum(loads) / enough) // 8, most))  # so many fill every row
+    return 8 * (need + bisect.bisect_left(range(need, most), True, key=fits))
+
+
+_SAMPLE = 4096  # examples that tell how many loss positions a packed row needs
