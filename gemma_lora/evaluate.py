@@ -23,7 +23,8 @@ from jax.sharding import Mesh
 from gemma_lora.compiled import keep_compiled
 from gemma_lora.config import parse_flags
 from gemma_lora.data import sources
-from gemma_lora.data.dataset import Dataset, check_vocabulary, shapes, tokenize
+from gemma_lora.data.dataset import Dataset, shapes
+from gemma_lora.data.examples import check_vocabulary, tokenize
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import replace_file

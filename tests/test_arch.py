@@ -204,6 +204,8 @@ HOUSE = [
     "data.sources",
     "data.templates",
     "data.packing",
+    "data.cache",
+    "data.examples",
     "data.dataset",
     "data.pipeline",
     "weights.mapping",

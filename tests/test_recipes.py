@@ -15,7 +15,8 @@ import tiny_tokenizer
 from gemma_lora import config as configs
 from gemma_lora import evaluate
 from gemma_lora.arch import get_arch
-from gemma_lora.data.dataset import shapes, tokenize
+from gemma_lora.data.dataset import shapes
+from gemma_lora.data.examples import tokenize
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.lora import LoRAConfig, count
 from gemma_lora.model import Transformer

@@ -5,12 +5,11 @@ from typing import Any
 import jax
 
 from gemma_lora.data import sources
-from gemma_lora.data.dataset import (
-    Dataset,
+from gemma_lora.data.dataset import Dataset, shapes
+from gemma_lora.data.examples import (
     Example,
     Tokenized,
     check_vocabulary,
-    shapes,
     split,
     subset,
     tokenize,
