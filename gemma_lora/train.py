@@ -8,9 +8,7 @@ The same command continues a run that was interrupted.
 import importlib.metadata
 import json
 import math
-import os
 import pathlib
-import signal
 from typing import Any
 
 import flax.linen as nn
@@ -27,6 +25,7 @@ from gemma_lora.data.dataset import Batch
 from gemma_lora.data.pipeline import describe, load_data
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import write_text
+from gemma_lora.interrupt import Interrupt
 from gemma_lora.lora import LoRAConfig, check_targets, count, from_base, on_original_base
 from gemma_lora.metrics import (
     COPY,
@@ -283,7 +282,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
             f"{batch_tokens / seconds:>7,.0f} tok/s  eta {clock((total - step) * seconds)}",
         )  # fmt: skip
 
-    with _Interrupt() as interrupt:
+    with Interrupt() as interrupt:
         step = start or 0
         status = "finished"
         in_flight: tuple | None = None
@@ -394,26 +393,6 @@ class _NotFiniteError(Exception):
     def __init__(self, step: int, ids: list[str]):
         super().__init__(step, ids)
         self.step, self.ids = step, ids
-
-
-class _Interrupt:
-    """While it is entered, SIGINT and SIGTERM (a preemption) ask for a stop after the step."""
-
-    def __enter__(self) -> "_Interrupt":
-        self.asked = False
-        self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:  # the second time means now
-            raise KeyboardInterrupt
-        self.asked = True
-        # print may be what was interrupted, and cannot be entered twice.
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")
-
-    def __exit__(self, *exc: Any) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

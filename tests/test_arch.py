@@ -221,6 +221,7 @@ HOUSE = [
     "step",
     "metrics",
     "workdir",
+    "interrupt",
     "checkpoint",
     "export",
     "evaluate",
