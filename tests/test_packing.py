@@ -81,9 +81,9 @@ def test_padding_of_real_sets(name, seq_len, most, loss_on):
     c = settings(seq_len=seq_len, pack=True, loss_on=loss_on, path=str(path), batch_size=8)
     made = tokenize(sources.read("", str(path), 0), real_tokenizer(), c.data, name).examples
     data = dataset(made, True, size=seq_len, batch_size=8, sizes=shapes(made, c.data))
-    began = time.perf_counter()
+    began = time.process_time()
     rows = data.plan(1)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     padding = 1 - sum(len(e.tokens) for e in made) / (seq_len * len(rows))
     if most is not None:
         assert 100 * padding < most
