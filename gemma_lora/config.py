@@ -49,6 +49,9 @@ def default() -> ConfigDict:
     c.data.batch_size = 8  # rows of one optimizer step, over all devices and micro-batches, B
     c.data.limit = 0  # only the first rows of source or path; 0: all
     c.data.pack = False  # several examples a row
+    # Row lengths below seq_len, (128, 192): a batch gets the shortest that holds its rows. Each
+    # length is compiled once; not with pack, whose rows are full.
+    c.data.buckets = ()
 
     c.lora = ConfigDict()
     c.lora.rank = 8
@@ -145,8 +148,23 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"data.labels is {tuple(words)}, expected different words, such as ('bad', 'good')"
         )
+    _check_buckets(list(d.buckets), d)
     if not 0 < d.validation_fraction < 1:
         raise UserError(f"data.validation_fraction is {d.validation_fraction}, expected in (0, 1)")
+
+
+def _check_buckets(buckets: list[Any], data: Any) -> None:
+    whole = all(type(size) is int and 2 <= size < data.seq_len for size in buckets)
+    if not whole or buckets != sorted(set(buckets)):
+        raise UserError(
+            f"data.buckets is {tuple(buckets)}, expected rising whole numbers from 2 to below "
+            f"data.seq_len {data.seq_len}, such as ({data.seq_len // 2},)"
+        )
+    if buckets and data.pack:
+        raise UserError(
+            f"data.buckets is {tuple(buckets)} and data.pack is True: packed rows are full, "
+            "leave one of the two out"
+        )
 
 
 # The smallest value of a key; where 0 means 'off' or 'all', less than that means nothing.

@@ -15,15 +15,17 @@ import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import scipy.special
+import scipy
 from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from gemma_lora.compiled import keep_compiled
 from gemma_lora.config import parse_flags
 from gemma_lora.data import sources
-from gemma_lora.data.dataset import Dataset, check_vocabulary, loss_slots, tokenize
-from gemma_lora.data.pipeline import fixed_set
+from gemma_lora.data.dataset import Dataset, shapes
+from gemma_lora.data.examples import check_vocabulary, tokenize
+from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import replace_file
 from gemma_lora.loss import Sweep
@@ -182,8 +184,8 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     base = load_base(pretrained, model, mesh)
     if lora:
         lora = jax.device_put(lora, tree_shardings(model.abstract()["lora"], mesh))
-    slots = loss_slots(found.examples, config.data.seq_len, config.data.pack)
-    data = fixed_set(found.examples, config, slots, found.label_tokens)
+    rows = shapes(found.examples, config.data)
+    data = dataset(found.examples, config, rows, found.label_tokens, shuffle=False)
     step = jax.jit(
         make_eval_step(model, Sweep(**config.head), found.label_tokens),
         out_shardings=batch_sharding(mesh),
@@ -206,6 +208,7 @@ def main() -> None:
     if adapter == "":
         raise UserError("command line: --adapter is empty; leave it out for the base model")
     adapter = pathlib.Path(adapter) if adapter else None
+    keep_compiled()
     say(json.dumps(evaluate(config, pathlib.Path(flags.FLAGS.out), adapter)))
 
 

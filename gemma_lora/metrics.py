@@ -19,6 +19,7 @@ import tensorboardX
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from gemma_lora import STARTED
 from gemma_lora.files import write_text
 
 
@@ -144,12 +145,19 @@ class Timer:
         return elapsed
 
 
+# Phases of the loop; the last two are parts of the first.
+STEPS, WAIT, COPY = "steps", "steps: wait for a batch", "steps: copy a batch"
+
+
 class Phases:
     """Seconds spent in named parts of a run, summed by name in `seconds`."""
 
-    def __init__(self):
-        self._start = time.perf_counter()
+    def __init__(self, imports: bool = False):
+        """imports: the program has done nothing else so far; they are the first phase."""
+        self._start = STARTED if imports else time.perf_counter()
         self.seconds: dict[str, float] = {}
+        if imports:
+            self.seconds["imports"] = self.since_start()
 
     def since_start(self) -> float:
         return time.perf_counter() - self._start
@@ -160,4 +168,20 @@ class Phases:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            self.add(name, time.perf_counter() - began)
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def waited(self) -> str:
+        """How much of the steps' time the loop waited for data; '' where no step was made."""
+        steps, wait, copy = (self.seconds.get(k, 0.0) for k in (STEPS, WAIT, COPY))
+        if not steps:
+            return ""
+        share = f"{100 * (wait + copy) / steps:.1f} % of the steps' {steps:.1f} s"
+        return f"{share}: {wait:.2f} s for batches, {copy:.2f} s for copying them"
+
+    def told(self) -> str:
+        """'imports 2.1 s, compile 4.0 s, other 0.3 s': where the time since the start went."""
+        other = {"other": self.since_start() - sum(self.seconds.values())}
+        return ", ".join(f"{k} {v:.1f} s" for k, v in (self.seconds | other).items())

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import numpy as np
-import scipy.stats
+import scipy  # its parts load at first use: stats takes a second that training need not wait
 
 RESAMPLES = 10_000
 

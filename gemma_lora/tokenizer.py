@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids; the embedding may have more rows."""
         return self.backend.get_vocab_size()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides the ids of a text or of a conversation."""
+        rest = [self.bos_id, self.eos_id, self.add_bos, self.chat_template]
+        return hashlib.sha256(f"{rest}{self.backend.to_str()}".encode()).hexdigest()
 
     @functools.cached_property
     def control_ids(self) -> frozenset[int]:

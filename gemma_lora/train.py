@@ -8,9 +8,7 @@ The same command continues a run that was interrupted.
 import importlib.metadata
 import json
 import math
-import os
 import pathlib
-import signal
 from typing import Any
 
 import flax.linen as nn
@@ -23,12 +21,27 @@ from gemma_lora import config as configs
 from gemma_lora import evaluate, report
 from gemma_lora.attention import choose
 from gemma_lora.checkpoint import Checkpoints
+from gemma_lora.compiled import Compiled, keep_compiled
+from gemma_lora.data.dataset import Batch
 from gemma_lora.data.pipeline import describe, load_data
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import write_text
+from gemma_lora.interrupt import Interrupt
 from gemma_lora.lora import LoRAConfig, check_targets, count, from_base, on_original_base
 from gemma_lora.loss import Sweep
-from gemma_lora.metrics import Metrics, Phases, Timer, banner, clock, finite, peak_memory, say
+from gemma_lora.metrics import (
+    COPY,
+    STEPS,
+    WAIT,
+    Metrics,
+    Phases,
+    Timer,
+    banner,
+    clock,
+    finite,
+    peak_memory,
+    say,
+)
 from gemma_lora.optim import optimizer, schedule
 from gemma_lora.sharding import (
     batch_sharding,
@@ -46,13 +59,18 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; resumed if
 
 
 def main() -> None:
+    phases = Phases(imports=True)
     config = configs.parse_flags(("config", "workdir"))
-    train(config, pathlib.Path(WORKDIR.value))
+    keep_compiled()
+    train(config, pathlib.Path(WORKDIR.value), phases)
 
 
-def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
-    """Runs or resumes the training a config describes; returns the report."""
-    phases = Phases()
+def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> dict[str, Any]:
+    """Runs or resumes the training a config describes; returns the report.
+
+    phases: what was spent before; None: nothing.
+    """
+    phases = phases or Phases()
     mark = phases.mark
 
     # ---- what and where -------------------------------------------------------------------------
@@ -138,27 +156,28 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
 
     # ---- compile once ---------------------------------------------------------------------------
     with mark("compile"):
-        sample = to_global(train_set.batch_at(0).arrays, mesh)
         sweep = Sweep(**config.head)
         train_step = jax.jit(
             make_train_step(model, tx, config.train.micro_batches, sweep, config.seed),
             donate_argnums=0,
             out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
         )
-        train_step = train_step.lower(state, base, sample).compile()
+        train_step = Compiled(train_step, (state, base), (train_set,), mesh)
         eval_step = jax.jit(
             make_eval_step(model, sweep, train_set.label_tokens),
             out_shardings=batch_sharding(mesh),
         )
-        eval_step = eval_step.lower(state.lora, base, sample).compile()
-    memory = train_step.memory_analysis()
+        eval_step = Compiled(eval_step, (state.lora, base), (validation, probe), mesh)
+    # Of the longest rows, the largest.
+    memory = train_step.made[max(train_step.made)].memory_analysis()
     banner(
         "step",
         {
-            "compiled in": f"{phases.seconds['compile']:.1f} s, train and eval step",
+            "compiled in": f"{phases.seconds['compile']:.1f} s, train and eval step"
+            + (f", for {len(train_step.made)} row lengths" if len(train_step.made) > 1 else ""),
             "memory a device": f"{memory.argument_size_in_bytes / 2**30:.2f} GiB arguments, "
             f"{memory.temp_size_in_bytes / 2**30:.2f} GiB temporary",
-            "before the first step": clock(phases.since_start()),
+            "before the first step": f"{clock(phases.since_start())}: {phases.told()}",
         },
     )
 
@@ -197,6 +216,16 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         if jax.process_index() == 0:
             write_text(workdir / "run.json", json.dumps(finite(run), indent=2) + "\n")
 
+    def upcoming() -> tuple[Batch, dict[str, jax.Array]] | None:
+        """The next batch, on its way to the devices; None after the last.
+
+        The device still works on the step before, so the seconds are the most that it waited.
+        """
+        with mark(WAIT):
+            batch = next(batches, None)
+        with mark(COPY):
+            return batch and (batch, to_global(batch.arrays, mesh))
+
     def evaluate_now(step: int) -> None:
         """Both fixed sets: ledger, metrics, best so far; raises _NotFiniteError."""
         with mark("evaluate"):
@@ -233,6 +262,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         """The record of a finished step; raises _NotFiniteError."""
         sums = {k: np.asarray(v, np.float64) for k, v in jax.device_get(sums).items()}
         seconds = timer.lap()
+        phases.add(STEPS, seconds)
         loss_tokens = sums["tokens"].sum()
         loss = float(sums["nll"].sum() / loss_tokens)
         norm = float(sums["grad_norm"])
@@ -257,7 +287,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
             f"{batch_tokens / seconds:>7,.0f} tok/s  eta {clock((total - step) * seconds)}",
         )  # fmt: skip
 
-    with _Interrupt() as interrupt:
+    with Interrupt() as interrupt:
         step = start or 0
         status = "finished"
         in_flight: tuple | None = None
@@ -271,11 +301,12 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
             save_run("running", step)
             batches = iter(train_set.batches(step, total))
             timer.lap()
+            coming = upcoming()
             while step < total and not _patience_over(notes, config):
-                batch = next(batches)
-                arrays = to_global(batch.arrays, mesh)
+                batch, arrays = coming
                 with jax.transfer_guard("disallow"):
                     state, sums = train_step(state, base, arrays)
+                coming = upcoming()  # while the device works
                 step += 1
                 # The device works on this step while the host reports the one before.
                 if in_flight is not None:
@@ -335,6 +366,7 @@ def train(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
                 "validation loss": "{start:.4f} -> {best:.4f}: {conclusion}".format(
                     **written["validation"]["loss"]
                 ),
+                "waiting for data": phases.waited(),
                 "peak memory": ", ".join(
                     f"{n / 2**30:.2f} GiB on the {where}"
                     for where, n in run["peak_memory"].items()
@@ -366,26 +398,6 @@ class _NotFiniteError(Exception):
     def __init__(self, step: int, ids: list[str]):
         super().__init__(step, ids)
         self.step, self.ids = step, ids
-
-
-class _Interrupt:
-    """While it is entered, SIGINT and SIGTERM (a preemption) ask for a stop after the step."""
-
-    def __enter__(self) -> "_Interrupt":
-        self.asked = False
-        self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:  # the second time means now
-            raise KeyboardInterrupt
-        self.asked = True
-        # print may be what was interrupted, and cannot be entered twice.
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")
-
-    def __exit__(self, *exc: Any) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 from gemma_lora.arch import Arch
-from gemma_lora.data.dataset import Example
+from gemma_lora.data.examples import Example
 from gemma_lora.lora import from_base
 from gemma_lora.model import Transformer, head_weight, logits, no_wrap
 from gemma_lora.sharding import make_mesh, tree_shardings

@@ -10,7 +10,7 @@ from tiny_tokenizer import CORPUS, write_qwen, write_sentencepiece, write_tokeni
 
 from gemma_lora import chat
 from gemma_lora import config as configs
-from gemma_lora.data.dataset import tokenize
+from gemma_lora.data.examples import tokenize
 from gemma_lora.errors import UserError
 from gemma_lora.tokenizer import Tokenizer
 

@@ -76,6 +76,11 @@ def test_every_key_is_read_by_something():
         ("data.limit", -1, "at least 0"),
         ("data.labels", (0, 1), "expected different words"),
         ("data.labels", ("good", "good"), "expected different words"),
+        ("data.buckets", (64, 32), "rising whole numbers from 2 to below data.seq_len 256"),
+        ("data.buckets", (64, 64), "rising"),
+        ("data.buckets", (1,), "rising"),
+        ("data.buckets", (256,), "rising"),
+        ("data.buckets", ("64",), "rising"),
         ("data.validation_fraction", 0.0, "(0, 1)"),
         ("data.validation_fraction", 1.0, "(0, 1)"),
         ("optim.lr", 0.0, "positive"),
@@ -99,6 +104,14 @@ def test_values_no_run_can_use(key, value, hint):
     c.update_from_flattened_dict({key: value})
     text = message(configs.check, c)
     assert key in text and hint in text and str(value) in text
+
+
+def test_buckets_are_not_for_packed_rows():
+    c = configs.default()
+    c.data.buckets, c.data.pack = (64, 128), True
+    assert "data.buckets is (64, 128) and data.pack is True" in message(configs.check, c)
+    c.data.pack = False
+    configs.check(c)
 
 
 def test_unknown_and_missing_keys():

@@ -1,18 +1,17 @@
-"""Tokens with their loss mask, splits, packing and pure batches; the data sets of a run."""
+"""Pure batches of every shape; the data sets of a run."""
 
 import dataclasses
 import itertools
 import json
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny_tokenizer import write_tokenizer
 
 from gemma_lora import config as configs
-from gemma_lora.data.dataset import Dataset, Example, loss_slots, split, subset, tokenize
-from gemma_lora.data.packing import pack
+from gemma_lora.data.dataset import Dataset, loss_slots, shapes
+from gemma_lora.data.examples import Example
 from gemma_lora.data.pipeline import describe, load_data
 from gemma_lora.errors import UserError
 from gemma_lora.tokenizer import Tokenizer
@@ -35,10 +34,6 @@ def settings(**data):
     return c
 
 
-def tokenized(rows, tokenizer, **data):
-    return tokenize(rows, tokenizer, settings(**data).data, "x.jsonl")
-
-
 def examples(n, seed, longest=SIZE):
     """Random lengths; tokens are different everywhere, so that a misplaced one is seen."""
     rng = random.Random(seed)
@@ -51,15 +46,16 @@ def examples(n, seed, longest=SIZE):
     return made
 
 
-def dataset(made, packed, *, size=SIZE, batch_size=4, seed=0, shuffle=True, process=(0, 1)):
+def dataset(
+    made, packed, *, size=SIZE, batch_size=4, seed=0, shuffle=True, process=(0, 1), sizes=None
+):
     return Dataset(
         made,
-        seq_len=size,
+        shapes=sizes or {size: loss_slots(made, size, packed)},
         batch_size=batch_size,
         pack=packed,
         seed=seed,
         shuffle=shuffle,
-        slots=loss_slots(made, size, packed),
         process=process,
     )
 
@@ -69,146 +65,6 @@ def equal(a, b):
         np.array_equal(x, y)
         for x, y in zip((*a.arrays.values(), a.owner), (*b.arrays.values(), b.owner), strict=True)
     )
-
-
-# ---- tokens and mask ------------------------------------------------------------------------
-
-QA = {"id": "r1", "question": "2+3?", "answer": "5 ok"}
-TEXT = "Question: 2+3?\nAnswer: 5 ok"
-
-
-@pytest.mark.parametrize("loss_on", ["all", "completion"])
-def test_bos_text_eos_and_the_loss_mask(tokenizer, loss_on):
-    [e] = tokenized([QA], tokenizer, loss_on=loss_on).examples
-    assert e.tokens.dtype == np.int32 and e.tokens[0] == 2 and e.tokens[-1] == 1
-    assert list(e.tokens).count(2) == 1 and tokenizer.decode(e.tokens) == e.text == TEXT
-    assert e.text[e.completion :] == "5 ok"
-    learnt = [tokenizer.backend.id_to_token(int(i)) for i in e.tokens[e.loss_from :]]
-    assert learnt[-1] == "<eos>"
-    assert "".join(learnt[:-1]) == ("5 ok" if loss_on == "completion" else TEXT)
-    assert e.load == len(learnt)
-
-
-class Triples:
-    """Tokens of three characters: the completion begins inside one."""
-
-    add_bos, bos_id, eos_id = True, 2, 1
-
-    def encode_batch(self, texts):
-        spans = [[(i, min(i + 3, len(t))) for i in range(0, len(t), 3)] for t in texts]
-        return [SimpleNamespace(ids=[10 + a for a, _ in s], offsets=s) for s in spans]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "completion", "first"),
-    [("abc", "def", 2), ("abcd", "efg", 2), ("abcde", "f", 2), ("", "ab", 1), ("abcd", "", 3)],
-)
-def test_loss_begins_at_the_first_token_with_a_character_of_the_completion(
-    prompt, completion, first
-):
-    row = {"id": "r", "prompt": prompt, "completion": completion}
-    [e] = tokenized([row], Triples(), loss_on="completion").examples
-    assert e.loss_from == first and e.tokens[-1] == 1
-
-
-def test_without_bos_the_first_token_carries_no_loss():
-    plain = SimpleNamespace(
-        add_bos=False, bos_id=None, eos_id=1, encode_batch=Triples().encode_batch
-    )
-    for loss_on in ("all", "completion"):
-        [e] = tokenized(
-            [{"id": "r", "prompt": "", "completion": "abcd"}], plain, loss_on=loss_on
-        ).examples
-        assert e.tokens.tolist() == [10, 13, 1] and e.loss_from == 1
-
-
-def test_truncated_and_dropped_are_told_apart(tokenizer):
-    rows = [{"id": str(n), "prompt": "p" * 5, "completion": "c" * n} for n in range(8)]
-    rows.append({"id": "long", "prompt": "p" * 10, "completion": "c"})
-    found = tokenized(rows, tokenizer, seq_len=10, loss_on="completion")
-    # bos + 5 + n + eos <= 10 fits whole
-    assert [e.id for e in found.examples] == [str(n) for n in range(8)]
-    assert found.truncated == ["4", "5", "6", "7"] and found.dropped == ["long"]
-    assert [e.load for e in found.examples] == [1, 2, 3, 4, 4, 4, 4, 4]
-    assert [int(e.tokens[-1]) == 1 for e in found.examples] == [True] * 4 + [False] * 4
-    exact = tokenized(rows[:1], tokenizer, seq_len=6, loss_on="completion")
-    assert not exact.examples and exact.dropped == ["0"] and not exact.truncated
-
-
-def test_refused_texts(tokenizer):
-    for bad, hint in (("a <bos> b", "the bos token"), ("a \ud800", "surrogate")):
-        rows = [QA, {"id": "r2", "question": bad, "answer": "x"}]
-        with pytest.raises(UserError, match=rf"x\.jsonl, row r2: .*{hint}"):
-            tokenized(rows, tokenizer)
-    with pytest.raises(UserError, match=r"x\.jsonl, row r2: field 'answer' is missing"):
-        tokenized([QA, {"id": "r2", "question": "q"}], tokenizer)
-    with pytest.raises(UserError, match=r"data\.loss_on is 'answer', expected 'completion'"):
-        tokenized([QA], tokenizer, loss_on="answer")
-
-
-# ---- split ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("fraction", "count"), [(0.1, 5), (0.5, 25), (0.001, 1), (0.999, 49)])
-def test_split_counts_and_order_independence(fraction, count):
-    made = examples(50, 0)
-    train, validation = split(made, fraction, 7)
-    assert (len(train), len(validation)) == (50 - count, count)
-    assert {e.id for e in train} | {e.id for e in validation} == {e.id for e in made}
-    order = {e.id: i for i, e in enumerate(made)}
-    assert [order[e.id] for e in train] == sorted(order[e.id] for e in train)
-    shuffled = random.Random(1).sample(made, 50)
-    assert {e.id for e in split(shuffled, fraction, 7)[1]} == {e.id for e in validation}
-
-
-def test_split_depends_on_the_seed_and_needs_two():
-    made = examples(50, 0)
-    parts = {frozenset(e.id for e in split(made, 0.2, seed)[1]) for seed in range(4)}
-    assert len(parts) == 4
-    assert [len(p) for p in split(made[:2], 0.1, 0)] == [1, 1]
-    with pytest.raises(UserError, match=r"1 usable example\(s\)"):
-        split(made[:1], 0.5, 0)
-
-
-def test_a_subset_grows_by_adding():
-    made = examples(30, 0)
-    small, large = ({e.id for e in subset(made, n, 3)} for n in (5, 12))
-    assert small < large and len(small) == 5
-    assert subset(made, 99, 3) == made
-
-
-# ---- packing --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_packing_keeps_its_bounds_and_its_count(seed):
-    made = examples(60, seed)
-    lengths, loads = [len(e.tokens) for e in made], [e.load for e in made]
-    slots = loss_slots(made, SIZE, True)
-    assert slots % 8 == 0 and slots >= max(loads)
-    counts = set()
-    for shuffle in range(4):
-        order = random.Random(shuffle).sample(range(60), 60)
-        rows = pack(lengths, loads, order, SIZE, slots)
-        assert sorted(i for row in rows for i in row) == list(range(60))
-        assert all(sum(lengths[i] for i in row) <= SIZE for row in rows)
-        assert all(sum(loads[i] for i in row) <= slots for row in rows)
-        counts.add(len(rows))
-    assert len(counts) == 1 and counts.pop() < 60
-
-
-def test_slots_bound_a_row():
-    assert pack([4] * 4, [3] * 4, range(4), 16, 6) == [[0, 1], [2, 3]]
-    assert pack([4] * 4, [3] * 4, range(4), 16, 12) == [[0, 1, 2, 3]]
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_slots_are_a_multiple_of_8_and_enough(packed):
-    for size in (5, 8, 20, 32):
-        for seed in range(5):
-            made = examples(20, seed, longest=size)
-            slots = loss_slots(made, size, packed)
-            assert slots % 8 == 0 and max(e.load for e in made) <= slots < size + 8
 
 
 # ---- batches --------------------------------------------------------------------------------
@@ -227,7 +83,7 @@ def test_an_epoch_holds_every_token_pair_of_every_example_once(packed, seed):
         for i in range(data.steps_per_epoch):
             batch = data.batch_at(epoch * data.steps_per_epoch + i)
             a = batch.arrays
-            assert a["tokens"].shape == (4, SIZE) and a["loss_pos"].shape == (4, data.slots)
+            assert a["tokens"].shape == (4, SIZE) and a["loss_pos"].shape == (4, data.shapes[SIZE])
             assert np.array_equal(a["loss_mask"], (batch.owner >= 0).astype(np.float32))
             for r, s in zip(*np.nonzero(a["loss_mask"]), strict=True):
                 at, m = a["loss_pos"][r, s], int(batch.owner[r, s])
@@ -328,6 +184,78 @@ def test_batches_are_made_ahead():
     assert list(data.batches(5, 5)) == []
 
 
+# ---- buckets --------------------------------------------------------------------------------
+
+
+def bucketed(made, buckets=(8, 20), **kwargs):
+    c = settings(seq_len=SIZE, buckets=buckets)
+    return dataset(made, False, sizes=shapes(made, c.data), **kwargs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("count", [37, 40, 3])
+def test_buckets_hold_every_example_once_in_the_shortest_row_that_fits(seed, count):
+    made = examples(count, seed)
+    data = bucketed(made, seed=seed)
+    assert data.steps_per_epoch == -(-count // 4)
+    sizes, orders = set(), set()
+    for epoch in range(4):
+        seen, lengths = [], []
+        for i in range(data.steps_per_epoch):
+            batch = data.batch_at(epoch * data.steps_per_epoch + i)
+            rows, size = batch.arrays["tokens"].shape
+            assert rows == 4 and batch.owner.shape == (4, data.shapes[size])
+            members = [int(m) for m in np.unique(batch.owner[batch.owner >= 0])]
+            longest = max(len(made[m].tokens) for m in members)
+            assert size == min(t for t in (8, 20, SIZE) if t >= longest)
+            loads = {m: int((batch.owner == m).sum()) for m in members}
+            assert loads == {m: made[m].load for m in members}
+            assert len(members) == 4 or i == data.steps_per_epoch - 1
+            seen += members
+            lengths.append(size)
+        assert sorted(seen) == list(range(count))
+        sizes.add(tuple(sorted(lengths)))
+        orders.add((tuple(seen), tuple(lengths)))
+    assert len(sizes) == 1  # the same programs, as often, in every epoch
+    assert len(orders) == (4 if count > 3 else 1)
+    assert {t: len(at) for t, at in data.steps_by_length().items()} == {
+        t: sizes.copy().pop().count(t) for t in sizes.copy().pop()
+    }
+
+
+def test_batches_of_buckets_are_mixed_pure_and_fill_more():
+    made = examples(400, 0)
+    data, again = bucketed(made), bucketed(made)
+    steps = range(3 * data.steps_per_epoch)
+    batches = [data.batch_at(i) for i in steps]
+    assert all(equal(again.batch_at(i), batches[i]) for i in random.Random(0).sample(steps, 60))
+    lengths = [b.arrays["tokens"].shape[1] for b in batches[: data.steps_per_epoch]]
+    assert sum(a != b for a, b in itertools.pairwise(lengths)) > len(lengths) / 3
+    single = dataset(made, False)
+    tokens = sum(b.arrays["tokens"].size for b in batches[: data.steps_per_epoch])
+    assert data.fill == sum(len(e.tokens) for e in made) / tokens > 1.3 * single.fill
+    parts = [bucketed(made, process=(i, 2)) for i in range(2)]
+    for i in range(20):
+        got, want = [p.batch_at(i) for p in parts], data.batch_at(i)
+        for name, x in want.arrays.items():
+            assert np.array_equal(np.concatenate([g.arrays[name] for g in got]), x)
+
+
+def test_fixed_sets_have_buckets_too():
+    made = examples(30, 1)
+    data, other = (bucketed(made, shuffle=False, seed=s) for s in (0, 5))
+    assert data.plan(0) == other.plan(0)
+    assert sorted(data.plan(0)) == [[i] for i in range(30)]
+    assert len(data.steps_by_length()) == 3
+
+
+def test_buckets_that_hold_nothing_are_left_out():
+    made = examples(10, 0, longest=12)
+    kept = bucketed(made, (2, 16)).shapes
+    assert 16 in kept and SIZE in kept
+    assert list(bucketed(made, (16,)).steps_by_length()) == [16]
+
+
 def test_fingerprint():
     made = examples(5, 0)
     known = dataset(made, False).fingerprint()
@@ -365,7 +293,7 @@ def test_a_split_of_one_file(tmp_path, tokenizer):
     }  # fmt: skip
     assert not ids(train) & ids(validation) and len(ids(train) | ids(validation)) == 40
     assert ids(probe) < ids(train) and len(ids(probe)) == 4
-    assert train.slots == validation.slots == probe.slots
+    assert train.shapes == validation.shapes == probe.shapes
     shapes = {k: v.shape for k, v in train.batch_at(0).arrays.items()}
     for data in (validation, probe):
         assert {k: v.shape for k, v in data.batch_at(0).arrays.items()} == shapes
@@ -410,7 +338,7 @@ def test_describe(tmp_path, tokenizer):
     assert facts["examples"] == "20 train, 2 validation, 2 of train as probe"
     assert facts["loss on"] == "completion tokens"
     assert facts["batch"].startswith("4 rows = 2 micro-batches x 2; 64 tokens a row")
-    assert "100.0 % filled, packed" in facts["batch"]
+    assert "100.0 % filled, packed" in facts["batch"] and "padding" not in facts
     assert facts["epoch"] == "5 steps"
     assert facts["run"] == "12 steps = 2.40 epochs; eval at 0 and every 5 steps: 4 evals"
     assert facts["truncated"].startswith("22 examples") and "dropped" not in facts
@@ -421,6 +349,16 @@ def test_describe(tmp_path, tokenizer):
     facts = describe(c, part, counts | {"dropped": 3}, total=12, every=5)
     assert facts["epoch"] == "5 steps, the last with 2 empty rows"
     assert facts["dropped"].startswith("3 examples")
+    c = settings(path=write(tmp_path / "y.jsonl", names, size=32), pack=True)
+    train, _, _, counts = load_data(c, tokenizer, 128)
+    assert "larger data.seq_len" in describe(c, train, counts, total=12, every=5)["padding"]
+    c = settings(path=c.data.path, buckets=(20, 40))
+    train, _, _, counts = load_data(c, tokenizer, 128)
+    facts = describe(c, train, counts, total=12, every=5)
+    assert "; 40 tokens a row, 40 of them may" in facts["batch"]
+    train = bucketed(examples(40, 0))
+    facts = describe(c, train, counts, total=12, every=5)
+    assert "; 20 (3 steps) or 32 (7 steps) tokens a row, 16 or 32 of them" in facts["batch"]
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(tmp_path, tokenizer):

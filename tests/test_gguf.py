@@ -367,3 +367,19 @@ def test_names_are_llama_cpps(name):
     theirs = mapping.names(arch, "gguf")
     for ours, hf in mapping.names(arch, "hf").items():
         assert name_of(arch.family, hf.format(i=3)) == theirs[ours].format(i=3)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_K", "Q6_K", "BF16"])
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_pieces_are_those_of_the_package(kind, rows, monkeypatch):
+    """Cut anywhere, the last piece short: the values are those of the whole tensor."""
+    kind = gguf.GGMLQuantizationType[kind]
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = 3 if values > 1 else 768
+    rng = np.random.default_rng(0)
+    data = rng.integers(256, size=(rows, blocks * size), dtype=np.uint8)
+    monkeypatch.setattr(module, "_PIECE", 1024)
+    with np.errstate(all="ignore"):  # any bytes: some scales are no numbers
+        want = gguf.quants.dequantize(data, kind)
+        got = module._dequantized(data, kind, want.shape)
+    assert got.dtype == np.float32 and np.array_equal(got, want, equal_nan=True)

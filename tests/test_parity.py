@@ -17,7 +17,7 @@ import tiny
 
 from gemma_lora import adapters
 from gemma_lora.config import default
-from gemma_lora.data import dataset, sources
+from gemma_lora.data import dataset, examples, sources
 from gemma_lora.evaluate import ledger_rows, metrics
 from gemma_lora.lora import LoRAConfig, from_base, modules, on_original_base
 from gemma_lora.loss import Sweep
@@ -209,17 +209,16 @@ def test_real_gsm8k_loss(real, source):
     data = real.config.data
     data.loss_on, data.seq_len, data.batch_size = "all", 256, 4
     rows = sources.read("", str(GSM8K), 8)
-    found = dataset.tokenize(rows, real.tokenizer, data, "gsm8k")
+    found = examples.tokenize(rows, real.tokenizer, data, "gsm8k")
     assert not found.truncated
     assert [e.load for e in found.examples] == want["gsm8k_counts"].tolist()
     fixed = dataset.Dataset(
         found.examples,
-        seq_len=256,
+        shapes=dataset.shapes(found.examples, data),
         batch_size=4,
         pack=False,
         seed=0,
         shuffle=False,
-        slots=dataset.loss_slots(found.examples, 256, False),
     )
     step = jax.jit(make_eval_step(real.model, Sweep(4096)))
     ledger = ledger_rows(step, {}, real.base, fixed, real.mesh, "train", 0)

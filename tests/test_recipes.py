@@ -15,8 +15,9 @@ import tiny_tokenizer
 from gemma_lora import config as configs
 from gemma_lora import evaluate
 from gemma_lora.arch import get_arch
-from gemma_lora.data.dataset import loss_slots, tokenize
-from gemma_lora.data.pipeline import fixed_set
+from gemma_lora.data.dataset import shapes
+from gemma_lora.data.examples import tokenize
+from gemma_lora.data.pipeline import dataset
 from gemma_lora.lora import LoRAConfig, count
 from gemma_lora.loss import Sweep
 from gemma_lora.model import Transformer
@@ -148,9 +149,8 @@ def test_class_probabilities_are_the_models(models, tmp_path):
             {"data.seq_len": 96, "data.batch_size": 2, "data.pack": pack, "seed": 0}
         )
         found = tokenize(rows, tokenizer, c.data, "rows")
-        data = fixed_set(
-            found.examples, c, loss_slots(found.examples, 96, pack), found.label_tokens
-        )
+        rows = shapes(found.examples, c.data)
+        data = dataset(found.examples, c, rows, found.label_tokens, shuffle=False)
         step = jax.jit(make_eval_step(model, Sweep(64), found.label_tokens))
         got = evaluate.ledger_rows(step, {}, base, data, common.one_device(), "eval", 0)
         assert got["label"].tolist() == [0, 1, 0, 1, 0]

@@ -83,12 +83,11 @@ def test_packed_equals_unpacked(name):
     for packed in (False, True):
         data = Dataset(
             examples,
-            seq_len=32,
+            shapes={32: loss_slots(examples, 32, packed)},
             batch_size=2,
             pack=packed,
             seed=0,
             shuffle=False,
-            slots=loss_slots(examples, 32, packed),
         )
         rows[packed] = ledger_rows(
             step, common.adapter(name), params, data, common.one_device(), "x", 0

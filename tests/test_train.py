@@ -18,7 +18,7 @@ from common import one_device, read_json, tiny_arch
 from tiny_run import ledger, left, records, settings
 
 from gemma_lora import config, evaluate, train
-from gemma_lora.data.pipeline import load_data
+from gemma_lora.data.pipeline import dataset, load_data
 from gemma_lora.errors import UserError
 from gemma_lora.loss import Sweep
 from gemma_lora.metrics import Metrics
@@ -96,6 +96,9 @@ def test_what_a_run_leaves(straight):
     assert report["run"]["tokens"] == sum(r["tokens"] for r in records(workdir, "train"))
     assert report["run"]["seconds"] > 0
     assert report["model"]["arch"] == "gemma"
+    seconds = report["run"]["phases"]
+    waits = [seconds[f"steps: {part} a batch"] for part in ("wait for", "copy")]
+    assert 0 < sum(waits) < seconds["steps"] < report["run"]["seconds"]
     stored = sum(x.size for x in jax.tree.leaves(adapter(workdir)))
     assert report["model"]["trainable_parameters"] == stored
     for split in ("train_probe", "validation"):
@@ -127,6 +130,10 @@ def test_one_line_a_step(straight):
     lines = straight[1].splitlines()
     sections = [line.split()[1] for line in lines if line.startswith("==")]
     assert sections == ["model", "data", "step", "finished"]
+    [told] = [line for line in lines if "before the first step" in line]
+    assert "open weights" in told and "read data" in told
+    [told] = [line for line in lines if "waiting for data" in line]
+    assert "% of the steps'" in told
     told = [" ".join(line.split()[:2]) for line in lines if line.startswith(("step", "eval"))]
     order = [(s, kind) for s in range(9) for kind in ("step", "eval")]
     assert told == [f"{k} {s}/8" for s, k in order if s in (0, 3, 6, 8) or k == "step"][1:]
@@ -348,6 +355,50 @@ def test_damaged_checkpoint(straight, inputs, tmp_path):
     assert left(workdir) == left(straight[0])
 
 
+def test_buckets(inputs, tmp_path, monkeypatch):
+    """One program a row length and kind of step, compiled before the first step; the losses of
+    step 0 are those without buckets; killed and rerun equals straight."""
+    path = tmp_path / "train.jsonl"
+    rows = [
+        {"id": f"r{n}", "question": "1" * (n % 3 * 12 + 1), "answer": "2" * (n % 5)}
+        for n in range(24)
+    ]
+    tiny_run.write_rows(path, rows)
+    c = settings(inputs, {"data.path": str(path), "data.buckets": (32, 48), "lora.dropout": 0.0})
+    names, ahead = [], []
+
+    def listener(event, seconds, **facts):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(facts.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    on_record(monkeypatch, "eval", 0, lambda: ahead.extend(names))
+    out = tiny_run.run(tmp_path / "straight", c)
+    jax.monitoring.unregister_event_duration_listener(listener)
+    pretrained = open_weights(c.weights, c.arch)
+    sets = load_data(c, pretrained.tokenizer(), pretrained.arch.vocab)[:3]
+    used = [list(data.steps_by_length()) for data in sets]
+    assert used[0] == [32, 48, 64] and "for 3 row lengths" in out
+    steps = len(used[0]) + len({*used[1], *used[2]})
+    for found in (ahead, names):
+        assert sum("step" in name for name in found) == steps, found
+    plain = settings(inputs, {"data.path": str(path), "lora.dropout": 0.0, "train.max_steps": 1})
+    tiny_run.run(tmp_path / "plain", plain)
+    for split in ("validation", "train_probe"):
+        one, two = (ledger(tmp_path / w, 0, split) for w in ("straight", "plain"))
+        assert one["id"].tolist() == two["id"].tolist()
+        assert np.allclose(one["nll"], two["nll"], rtol=1e-5)
+
+    def die():
+        raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        on_record(patch, "train", 5, die)
+        tiny_run.run(tmp_path / "run", c)
+    tiny_run.run(tmp_path / "run", c)
+    assert left(tmp_path / "run") == left(tmp_path / "straight")
+
+
 def test_packed_micro_batches(inputs, tmp_path, monkeypatch):
     """It learns, compiles nothing after the second step, and TRL's accuracy is that of the rows."""
     changes = {"data.pack": True, "data.seq_len": 128, "lora.dropout": 0.0}
@@ -372,7 +423,7 @@ def test_packed_micro_batches(inputs, tmp_path, monkeypatch):
     train_set = load_data(c, pretrained.tokenizer(), pretrained.arch.vocab)[0]
     model, mesh = build_model(pretrained.arch, c, no_wrap), one_device()
     step = jax.jit(make_eval_step(model, Sweep(c.head.chunk)))
-    fixed = evaluate.fixed_set(train_set.examples, c, train_set.slots, ())
+    fixed = dataset(train_set.examples, c, train_set.shapes, (), shuffle=False)
     base = load_base(pretrained, model, mesh)
     rows = evaluate.ledger_rows(step, {}, base, fixed, mesh, "train", 0)
     batch = train_set.plan(0)[:4]

@@ -237,23 +237,27 @@ def metered(form="hf"):
     )
 
 
+NORM = 2048  # bytes of the final norm, at most
+
+
 # Quantising makes float32 copies. A stack of 10 layers would be 5 or more of the largest.
 @pytest.mark.parametrize(
     ("form", "quantize", "limit"), [("hf", "", 2), ("flax", "", 2), ("hf", "int8", 5)]
 )
 def test_one_tensor_at_a_time_is_in_memory(form, quantize, limit):
     pretrained, largest = metered(form)
-    load(pretrained, jnp.float32, quantize)  # compiles
+    load(pretrained, jnp.bfloat16, quantize)  # compiles
     pretrained, largest = metered(form)
     tracemalloc.start()  # counts numpy's arrays, not those on jax's devices
     try:
-        load(pretrained, jnp.float32, quantize)
+        load(pretrained, jnp.bfloat16, quantize)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     meter = pretrained.tensors
     assert sorted(meter.reads) == sorted(meter.shapes)
-    assert meter.peak <= 2 * largest and meter.alive == 0  # the next one, and the last
+    # The next one, and the last; and the final norm, which is float32 and so the device's own.
+    assert meter.peak <= 2 * largest + NORM and meter.alive <= NORM
     assert peak <= (limit + 1.1) * largest
 
 
@@ -263,7 +267,7 @@ from gemma_lora.model import Transformer
 from gemma_lora.sharding import make_mesh
 from gemma_lora.weights.mapping import flatten
 from gemma_lora.weights.pretrained import load_base, open_weights
-from test_weights import Recorder, metered
+from test_weights import NORM, Recorder, metered
 assert jax.device_count() == 8
 pretrained = open_weights(sys.argv[1], "auto")
 alone = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
@@ -281,8 +285,8 @@ for quantize in ("", "int8"):
     assert parts["layers/mlp/gate_proj/w"] == 8 and parts["embed/w"] == 8, parts
     assert sorted(recorder.reads) == sorted(pretrained.tensors.names())
 pretrained, largest = metered()
-load_base(pretrained, Transformer(pretrained.arch), mesh)
-assert pretrained.tensors.peak <= 2 * largest
+load_base(pretrained, Transformer(pretrained.arch, param_dtype=jnp.bfloat16), mesh)
+assert pretrained.tensors.peak <= 2 * largest + NORM
 print("ok")
 """
 

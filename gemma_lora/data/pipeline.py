@@ -5,12 +5,11 @@ from typing import Any
 import jax
 
 from gemma_lora.data import sources
-from gemma_lora.data.dataset import (
-    Dataset,
+from gemma_lora.data.dataset import Dataset, shapes
+from gemma_lora.data.examples import (
     Example,
     Tokenized,
     check_vocabulary,
-    loss_slots,
     split,
     subset,
     tokenize,
@@ -19,18 +18,23 @@ from gemma_lora.errors import UserError
 from gemma_lora.tokenizer import Tokenizer
 
 
-def fixed_set(
-    examples: list[Example], config: Any, slots: int, label_tokens: tuple[int, ...]
+def dataset(
+    examples: list[Example],
+    config: Any,
+    rows: dict[int, int],
+    label_tokens: tuple[int, ...],
+    *,
+    shuffle: bool,
 ) -> Dataset:
-    """A set to evaluate: every example once, in order, in the training batch's shape."""
+    """The examples as a config batches them. rows: `shapes` of all sets of a run, so that they
+    share their compiled steps; shuffle: for training; without it every example comes once."""
     return Dataset(
         examples,
-        seq_len=config.data.seq_len,
+        shapes=rows,
         batch_size=config.data.batch_size,
         pack=config.data.pack,
         seed=config.seed,
-        shuffle=False,
-        slots=slots,
+        shuffle=shuffle,
         label_tokens=label_tokens,
         process=(jax.process_index(), jax.process_count()),
     )
@@ -39,7 +43,7 @@ def fixed_set(
 def load_data(
     config: Any, tokenizer: Tokenizer, vocab: int
 ) -> tuple[Dataset, Dataset, Dataset, dict[str, int]]:
-    """(training set, validation set, train probe, counts), all in one batch shape.
+    """(training set, validation set, train probe, counts), all in the same batch shapes.
 
     The train probe is a fixed part of the training examples, as large as the validation set, on
     which the same numbers are taken.
@@ -81,19 +85,11 @@ def load_data(
     if config.train.eval_examples:
         validation_part = subset(validation_part, config.train.eval_examples, config.seed)
     probe_part = subset(train_part, len(validation_part), config.seed)
-    slots = loss_slots(train_part + validation_part, data.seq_len, data.pack)
-    train_set = Dataset(
-        train_part,
-        seq_len=data.seq_len,
-        batch_size=data.batch_size,
-        pack=data.pack,
-        seed=config.seed,
-        shuffle=True,
-        slots=slots,
-        label_tokens=label_tokens,
-        process=(jax.process_index(), jax.process_count()),
+    rows = shapes(train_part + validation_part, data)
+    sets = (
+        dataset(part, config, rows, label_tokens, shuffle=part is train_part)
+        for part in (train_part, validation_part, probe_part)
     )
-    fixed = [fixed_set(part, config, slots, label_tokens) for part in (validation_part, probe_part)]
     counts = {
         "train": len(train_part),
         "validation": len(validation_part),
@@ -101,7 +97,7 @@ def load_data(
         "truncated": sum(len(f.truncated) for f in found),
         "dropped": sum(len(f.dropped) for f in found),
     }
-    return train_set, *fixed, counts
+    return *sets, counts
 
 
 def describe(
@@ -111,19 +107,29 @@ def describe(
     data, train = config.data, config.train
     steps = train_set.steps_per_epoch
     empty = steps * data.batch_size - len(train_set.plan(0))
+    used = train_set.steps_by_length()
+    lengths = " or ".join(
+        f"{size} ({len(at):,} steps)" if len(used) > 1 else str(size) for size, at in used.items()
+    )
+    slots = " or ".join(str(train_set.shapes[size]) for size in used)
     facts = {
         "source": data.path or data.source,
         "examples": f"{counts['train']:,} train, {counts['validation']:,} validation, "
         f"{counts['train_probe']:,} of train as probe",
         "loss on": f"{data.loss_on} tokens",
         "batch": f"{data.batch_size} rows = {train.micro_batches} micro-batches x "
-        f"{data.batch_size // train.micro_batches}; {data.seq_len} tokens a row, "
-        f"{train_set.slots} of them may carry loss; {100 * train_set.fill:.1f} % filled"
+        f"{data.batch_size // train.micro_batches}; {lengths} tokens a row, "
+        f"{slots} of them may carry loss; {100 * train_set.fill:.1f} % filled"
         + (", packed" if data.pack else ""),
         "epoch": f"{steps:,} steps" + (f", the last with {empty} empty rows" if empty else ""),
         "run": f"{total:,} steps = {total / steps:.2f} epochs; "
         f"eval at 0 and every {every} steps: {1 + -(-total // every)} evals",
     }
+    if data.pack and steps > 1 and train_set.fill < 0.9:
+        facts["padding"] = (
+            "examples longer than half a row leave much of it empty: a larger data.seq_len with a "
+            "smaller data.batch_size wastes less"
+        )
     if counts["truncated"]:
         facts["truncated"] = (
             f"{counts['truncated']} examples are longer: cut at the end, those with a label in "

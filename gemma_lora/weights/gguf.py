@@ -1,7 +1,9 @@
 """Reads GGUF files: metadata and dequantised tensors; and finds the demo model's file."""
 
+import concurrent.futures
 import functools
 import importlib.util
+import math
 import os
 import struct
 from pathlib import Path
@@ -176,16 +178,44 @@ class GGUFFile:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor as float32, dequantised now; a float32 one may be a read-only view."""
-        from gguf.quants import dequantize
-
         tensor = self._tensor(name)
         try:
-            return np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+            return _dequantized(tensor.data, tensor.tensor_type, self.shape(name))
         except NotImplementedError:
             raise UserError(
                 f"tensor {name!r} of {self.path} has type {tensor.tensor_type.name}, which the "
                 "gguf package cannot dequantise; use a file quantised as Q8_0, Q4_K or F16"
             ) from None
+
+
+def _dequantized(
+    data: np.ndarray, kind: "gguf.GGMLQuantizationType", shape: tuple[int, ...]
+) -> np.ndarray:
+    """A stored tensor as float32, its pieces in threads: numpy computes outside of Python's lock.
+
+    A value depends on its block alone, so the pieces are as long as is fast, not rows: the package
+    takes 16 rows at a time, which of a narrow matrix is more overhead than work.
+    """
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    plain = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
+    values, size = GGML_QUANT_SIZES[kind]
+    if kind in plain or data.size <= _PIECE // values * size:
+        return np.asanyarray(dequantize(data, kind), np.float32).reshape(shape)
+    blocks, out = np.asarray(data).reshape(-1, size), np.empty(math.prod(shape), np.float32)
+    step = _PIECE // values
+
+    def piece(i: int) -> None:
+        some = dequantize(blocks[i : i + step].reshape(1, -1), kind)
+        out[i * values : (i + step) * values] = some[0]
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(piece, range(0, len(blocks), step)))
+    return out.reshape(shape)
+
+
+_PIECE = 2**18  # values dequantised at a time: what stays in a processor's cache
 
 
 def demo_path() -> Path:

@@ -324,7 +324,12 @@ def load(
 
 
 def _put(x: np.ndarray, dtype: Any, sharding: NamedSharding) -> jax.Array:
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index].astype(dtype))
+    """x on the devices. On a CPU it may stay where it is; a mapped file is copied, because someone
+    may write to it."""
+    copy = isinstance(x, np.memmap)
+    return jax.make_array_from_callback(
+        x.shape, sharding, lambda index: x[index].astype(dtype, copy=copy)
+    )
 
 
 @functools.cache
