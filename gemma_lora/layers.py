@@ -16,8 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from gemma_lora.arch import Arch
+from gemma_lora.sharding import gathered
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
@@ -89,6 +91,7 @@ class Einsum(nn.Module):
     param_dtype: jnp.dtype
     bias: bool = False
     quantize: str = ""
+    mesh: Mesh | None = None
 
     @property
     def letters(self) -> tuple[str, str, str]:
@@ -124,7 +127,8 @@ class Einsum(nn.Module):
 
     def product(self, x: jax.Array) -> jax.Array:
         """einsum(eqn, x, w) without the bias."""
-        y = dot(self.eqn, x, self.leaves["w"], self.dtype, True)
+        w = gathered(self.leaves["w"], self.letters[1], self.mesh)
+        y = dot(self.eqn, x, w, self.dtype, True)
         if "w_scale" in self.leaves:
             y = y * jax.lax.stop_gradient(self.leaves["w_scale"])
         return y
@@ -179,6 +183,7 @@ class Projections(nn.Module):
     param_dtype: jnp.dtype
     wrap: Callable[[Einsum, str], nn.Module]
     quantize: str = ""
+    mesh: Mesh | None = None
 
     def proj(self, name: str, eqn: str, bias: bool = False) -> nn.Module:
         a = self.arch
@@ -186,7 +191,8 @@ class Projections(nn.Module):
             "D": a.embed, "N": a.heads, "K": a.kv_heads, "H": a.head_dim, "F": a.hidden
         }  # fmt: skip
         shape = tuple(sizes[c] for c in eqn.split(",")[1].split("->")[0])
-        base = Einsum(eqn, shape, self.dtype, self.param_dtype, bias, self.quantize, name=name)
+        dtypes = self.dtype, self.param_dtype
+        base = Einsum(eqn, shape, *dtypes, bias, self.quantize, self.mesh, name=name)
         return self.wrap(base, f"{self.name}/{name}")
 
     def norm(self, name: str, axis: str, size: int) -> RMSNorm:

@@ -75,7 +75,7 @@ class Block(nn.Module):
             dtype=self.dtype,
             mesh=self.mesh,
         )
-        common = (a, self.dtype, self.param_dtype, self.wrap, self.quantize)
+        common = (a, self.dtype, self.param_dtype, self.wrap, self.quantize, self.mesh)
         y = Attention(*common, name="attn")(norm("pre_attn_norm", x), rope, attend)
         if a.post_norms:
             y = norm("post_attn_norm", y)

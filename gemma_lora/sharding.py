@@ -96,6 +96,18 @@ def split_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rows))
 
 
+def gathered(w: jax.Array, letters: str, mesh: Mesh | None) -> jax.Array:
+    """A layer's base matrix, whole over fsdp and split over tensor as it was; one device: w itself.
+
+    Where a product contracts D, XLA for TPU would else send shards of the matrix round and add up
+    partial products in float32: for a wide result that moves and holds more than the matrix.
+    """
+    if mesh is None or mesh.size == 1:
+        return w
+    kept = tuple(None if "fsdp" in RULES.get(c, ()) else c for c in letters)
+    return jax.lax.with_sharding_constraint(w, NamedSharding(mesh, spec(kept, w.shape, mesh)))
+
+
 def check_rows(batch_size: int, mesh: Mesh) -> None:
     """Raises UserError where the devices cannot share the rows of a batch evenly."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
