@@ -161,7 +161,8 @@ def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, ta
     if v_axes:
         own = jax.lax.psum(own, v_axes)
     # The target's logit, and d soft-capped logit / d raw logit there; the sweep leaves it out.
-    target, at_target = capped(dot("ND,ND->N", hidden, own))
+    products = hidden.astype(jnp.float32) * own.astype(jnp.float32)
+    target, at_target = capped(jnp.sum(products, -1))
 
     def step(run: _Running, i: jax.Array):
         # The last chunk is moved back to end at V; the entries it shares with the one before

@@ -23,6 +23,7 @@ from gemma_lora.arch import get_arch
 from gemma_lora.attention import attention, attention_mask, block, choose, reference, splash
 from gemma_lora.errors import UserError
 from gemma_lora.lora import LoRAConfig
+from gemma_lora.loss import Sweep
 from gemma_lora.sharding import make_mesh, spec
 from gemma_lora.step import forward
 
@@ -117,7 +118,7 @@ def test_a_model_of_local_and_global_layers(name, how, monkeypatch):
         model, params = common.tiny_model(name, LoRAConfig(4, 8.0, 0.0), remat="matmuls")
 
         def loss(lora, model=model, params=params):
-            stats = forward(model, 32, params, lora, batch, None)
+            stats = forward(model, Sweep(32), params, lora, batch, None)
             return jnp.sum(stats.nll * batch["loss_mask"])
 
         found.append(jax.jit(jax.value_and_grad(loss))(common.adapter(name)))

@@ -15,6 +15,7 @@ from gemma_lora import config as configs
 from gemma_lora import files, workdir
 from gemma_lora.errors import UserError
 from gemma_lora.lora import LoRAConfig
+from gemma_lora.loss import Sweep
 from gemma_lora.sharding import AXES
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -50,9 +51,10 @@ def test_there_are_config_files():
 def test_every_key_is_read_by_something():
     package = [p for p in (ROOT / "gemma_lora").rglob("*.py") if p.name != "config.py"]
     source = "".join(p.read_text() for p in package)
-    known = {f"lora.{f}" for f in LoRAConfig.__dataclass_fields__} | {f"mesh.{a}" for a in AXES}
+    known = {f"lora.{f}" for f in LoRAConfig.__dataclass_fields__}
+    known |= {f"mesh.{a}" for a in AXES} | {f"head.{f}" for f in Sweep._fields}
     keys = set(configs.flat(configs.to_dict(configs.default())))
-    assert {k for k in keys if k.startswith(("lora.", "mesh."))} == known
+    assert {k for k in keys if k.startswith(("lora.", "mesh.", "head."))} == known
     dead = []
     for key in keys - known:
         # config.data.limit, or data.limit where `data = config.data`; config["data"]["limit"]

@@ -149,8 +149,8 @@ def test_class_probabilities_are_the_models(models, tmp_path):
             {"data.seq_len": 96, "data.batch_size": 2, "data.pack": pack, "seed": 0}
         )
         found = tokenize(rows, tokenizer, c.data, "rows")
-        rows = shapes(found.examples, c.data)
-        data = dataset(found.examples, c, rows, found.label_tokens, shuffle=False)
+        sizes = shapes(found.examples, c.data)
+        data = dataset(found.examples, c, sizes, found.label_tokens, shuffle=False)
         step = jax.jit(make_eval_step(model, Sweep(64), found.label_tokens))
         got = evaluate.ledger_rows(step, {}, base, data, common.one_device(), "eval", 0)
         assert got["label"].tolist() == [0, 1, 0, 1, 0]
