@@ -54,12 +54,16 @@ def _dot_bwd(eqn, dtype, frozen, residual, dz):
     dx = dot(f"{z},{ys}->{xs}", dz, y, dtype, True).astype(like.dtype)
     if frozen:
         return dx, None
+    if set(xs) & set(z) & set(ys):
+        dy = dot(f"{xs},{z}->{ys}", x, dz, dtype, True)
+        return dx, dy.astype(y.dtype)
     # A product over the leading axes of both operands transposes the first on a CPU: let that be
     # the smaller one, which beside an adapter's matrix is its inner state or that one's cotangent.
-    # (einsum would put it last again to spare the transposition of the result.)
+    # einsum and XLA would both swap them back to spare the transposition of the result (and not
+    # every CPU has that form in bfloat16), hence the order of letters and the barrier.
     (ls, left), (rs, right) = sorted(((xs, x), (z, dz)), key=lambda pair: pair[1].size)
     found = "".join(sorted(ys, key=lambda c: (c in rs, ys.index(c))))
-    dy = dot(f"{ls},{rs}->{found}", left, right, dtype, True)
+    dy = jax.lax.optimization_barrier(dot(f"{ls},{rs}->{found}", left, right, dtype, True))
     return dx, jnp.einsum(f"{found}->{ys}", dy).astype(y.dtype)
 
 
