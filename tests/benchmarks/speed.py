@@ -14,6 +14,8 @@ the other, round after round, and the figures are medians over the rounds. Cases
   forward the decoder without its head
   parts   our step with and without the adapters' products and dropout
   growth  batches and lengths
+  peers   ours and the JAX peers on the rows of full: tunix and KerasHub, where --tunix-python
+          (with google-tunix) and --keras-python (with keras-hub) name an interpreter
 """
 
 import argparse
@@ -32,7 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gemma_lora.config import default
-from gemma_lora.data.dataset import Dataset, Example, loss_slots, tokenize
+from gemma_lora.data.dataset import Dataset, loss_slots
+from gemma_lora.data.examples import Example, tokenize
 from gemma_lora.weights.pretrained import open_weights
 
 HERE = pathlib.Path(__file__).parent
@@ -52,6 +55,17 @@ OURS = {
     "float32 floor": {"dtype": "float32", "head.floor": 2.0**-14, "head.chunk": 1024},
     "bfloat16": {"dtype": "bfloat16"},
     "bfloat16 floor": {"dtype": "bfloat16", "head.floor": 2.0**-14, "head.chunk": 1024},
+}
+# The JAX peers, as their workers build them: see there where they differ from PEFT's adapters.
+TUNIX = {
+    "float32": {"dtype": "float32", "dropout": 0.1},
+    "float32 no dropout": {"dtype": "float32", "dropout": 0.0},
+    "bfloat16": {"dtype": "bfloat16", "dropout": 0.1},
+}
+KERAS = {
+    "float32": {"dtype": "float32", "targets": "all"},
+    "float32 query value": {"dtype": "float32", "targets": "default"},
+    "bfloat16": {"dtype": "bfloat16", "targets": "all"},
 }
 
 
@@ -127,12 +141,11 @@ class Rows:
         found = self.examples(loss_on, length)
         data = Dataset(
             found,
-            seq_len=length,
+            shapes={length: loss_slots(found, length, True)},
             batch_size=batch,
             pack=True,
             seed=0,
             shuffle=True,
-            slots=loss_slots(found, length, True),
         )
         out = []
         for i in range(count):
@@ -166,6 +179,16 @@ class Bench:
         job = {"work": work, **usual, **PEFT[name], **more}
         return {"name": f"PEFT {name}", "kind": "peft", "job": job, "batches": batches}
 
+    def peers(self, batches: Batches) -> list[dict[str, Any]]:
+        """Competitors: the forms asked for of the JAX peers that have an interpreter."""
+        options, train = self._options, {"work": "train"}
+        found = [("tunix", "tunix", n, TUNIX[n]) for n in options.tunix if options.tunix_python]
+        found += [("KerasHub", "keras", n, KERAS[n]) for n in options.keras if options.keras_python]
+        return [
+            {"name": f"{label} {n}", "kind": kind, "job": train | form, "batches": batches}
+            for label, kind, n, form in found
+        ]
+
     def run(self, case: str, competitors: Iterable[dict[str, Any]]) -> None:
         """Medians over the rounds, in a table; each competitor's rows go to results.json."""
         options = self._options
@@ -174,7 +197,7 @@ class Bench:
         for i, c in enumerate(entered):
             path = options.directory / f"{case}-{i}.json"
             protocol.write_job(path, c["job"] | {"threads": os.cpu_count()}, c["batches"])
-            python = options.peft_python if c["kind"] == "peft" else sys.executable
+            python = getattr(options, f"{c['kind']}_python", sys.executable)
             workers.append(Worker(python, c["kind"], path, options.preload))
         answers: list[list[dict[str, Any]]] = [[] for _ in workers]
         for _ in range(options.rounds):
@@ -328,22 +351,30 @@ def cases(bench: Bench, rows: Rows, options: argparse.Namespace) -> Iterator[tup
                     *(bench.peft(p, "train", batches) for p in peft),
                 ],
             )
+    if "peers" in options.cases:
+        batches = rows.full(4, 256, n)
+        both = (bench.ours(o, "train", batches) for o in ("float32", "bfloat16"))
+        yield "peers", [*both, *bench.peers(batches)]
 
 
 def main() -> None:
-    known = ("full", "recipe", "eval", "forward", "parts", "growth")
+    known = ("full", "recipe", "eval", "forward", "parts", "growth", "peers")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=pathlib.Path)
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--peft-python", default=sys.executable)
+    parser.add_argument("--tunix-python", help="an interpreter with google-tunix")
+    parser.add_argument("--keras-python", help="an interpreter with keras-hub")
     parser.add_argument("--preload", default="", help="a malloc library, such as libtcmalloc.so")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--unroll", action="store_true", help="our loop over layers unrolled")
-    parser.add_argument("--cases", nargs="+", choices=known, default=known[:-1])
+    parser.add_argument("--cases", nargs="+", choices=known, default=known[:-2])
     parser.add_argument("--ours", nargs="*", choices=OURS, default=["float32", "float32 floor"])
     parser.add_argument("--peft", nargs="*", choices=PEFT, default=list(PEFT))
+    parser.add_argument("--tunix", nargs="*", choices=TUNIX, default=["float32", "bfloat16"])
+    parser.add_argument("--keras", nargs="*", choices=KERAS, default=["float32", "bfloat16"])
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
     bench = Bench(options)
