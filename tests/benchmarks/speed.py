@@ -8,9 +8,9 @@ DIRECTORY takes the jobs and results.json. PYTHON is an interpreter with the ext
 Every competitor is a process of its own, so that its peak memory is its own; they work one after
 the other, round after round, and the figures are medians over the rounds. Cases:
   full    rows of real text without padding, every token carries loss: the same padded work
-  recipe  the rows of GSM8K as a user has them: ours packed, loss on the completion; PEFT padded to
-          the longest of its batch, loss on all tokens (its default) and on the completion
-  eval    loss and accuracy of padded rows, every real token a target
+  recipe  the rows of GSM8K as a user has them: ours packed to 576, loss on the completion; PEFT
+          padded to the longest of its batch, loss on all tokens (its default) and on the completion
+  eval    loss and accuracy of padded rows, every real token a target; ours packed to 576, too
   forward the decoder without its head
   parts   our step with and without the adapters' products and dropout
   growth  batches and lengths
@@ -45,6 +45,7 @@ Batches = list[dict[str, np.ndarray]]
 # on every position as transformers computes it or on target tokens alone ('select').
 PEFT = {
     "float32": {"dtype": "float32"},
+    "float32 select": {"dtype": "float32", "select": True},
     "float32 compiled": {"dtype": "float32", "compile": True},
     "float32 compiled select": {"dtype": "float32", "compile": True, "select": True},
     "bfloat16": {"dtype": "bfloat16"},
@@ -287,7 +288,7 @@ def cases(bench: Bench, rows: Rows, options: argparse.Namespace) -> Iterator[tup
             ],
         )
     if "recipe" in options.cases:
-        packed, examples = rows.packed("completion", 4, 256, n)
+        packed, examples = rows.packed("completion", 2, 576, n)
         everything = rows.padded("all", 4, 256, 4, longest=True)
         completion = rows.padded("completion", 4, 256, 4, longest=True)
         completing = {"name": f"PEFT {peft[-1]} completion"}
@@ -301,7 +302,7 @@ def cases(bench: Bench, rows: Rows, options: argparse.Namespace) -> Iterator[tup
         )
     if "eval" in options.cases:
         batches = rows.padded("all", 4, 256, n, longest=False)
-        packed, examples = rows.packed("all", 4, 256, n)
+        packed, examples = rows.packed("all", 2, 576, n)
         as_packed = {"name": f"gemma_lora {ours[0]} packed", "examples": examples}
         yield (
             "eval",
