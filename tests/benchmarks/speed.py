@@ -19,6 +19,7 @@ the other, round after round, and the figures are medians over the rounds. Cases
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -87,15 +88,19 @@ class Worker:
         self.facts = self._answer()
 
     def work(self) -> dict[str, Any]:
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # _answer says that it has ended
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         for line in self._process.stdout:
             if line.startswith("{"):  # libraries print, too
                 return json.loads(line)
-        raise SystemExit(f"a worker ended: {self._process.args}")
+        raise SystemExit(
+            f"a worker ended with code {self._process.wait()} (-9: most likely memory was short "
+            f"for all competitors at once; ask for fewer): {' '.join(self._process.args)}"
+        )
 
     def close(self) -> None:
         self._process.stdin.close()
