@@ -1,7 +1,8 @@
 """A worker of speed.py: KerasHub's Gemma 3 270M with Keras's LoRA, on Keras's JAX backend.
 
 Needs keras-hub alone. The weights are random: the time does not depend on them. Keras's adapters
-have no dropout, alpha is the rank, and A of the attention's products has a slice for each head.
+have no dropout, alpha is the rank, A of the query has a slice for each head, and A B is added to
+the kernel, so that a step makes the gradient of each whole kernel.
 The optimizer is Adam with PEFT's clipping.
 """
 

@@ -359,8 +359,9 @@ def cases(bench: Bench, rows: Rows, options: argparse.Namespace) -> Iterator[tup
             )
     if "peers" in options.cases:
         batches = rows.full(4, 256, n)
-        both = (bench.ours(o, "train", batches) for o in ("float32", "bfloat16"))
-        yield "peers", [*both, *bench.peers(batches)]
+        dtypes = {"float32", *options.tunix, *options.keras} & {"float32", "bfloat16"}
+        same = (bench.ours(o, "train", batches) for o in sorted(dtypes, reverse=True))
+        yield "peers", [*same, *bench.peers(batches)]
 
 
 def main() -> None:
@@ -379,8 +380,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=known, default=known[:-2])
     parser.add_argument("--ours", nargs="*", choices=OURS, default=["float32", "float32 floor"])
     parser.add_argument("--peft", nargs="*", choices=PEFT, default=list(PEFT))
-    parser.add_argument("--tunix", nargs="*", choices=TUNIX, default=["float32", "bfloat16"])
-    parser.add_argument("--keras", nargs="*", choices=KERAS, default=["float32", "bfloat16"])
+    parser.add_argument("--tunix", nargs="*", choices=TUNIX, default=["float32"])
+    parser.add_argument("--keras", nargs="*", choices=KERAS, default=["float32"])
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
     bench = Bench(options)
