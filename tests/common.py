@@ -4,6 +4,9 @@ import functools
 import importlib
 import json
 import os
+import pathlib
+import subprocess
+import sys
 import tempfile
 from typing import Any
 
@@ -39,6 +42,25 @@ def needs(package: str):
     if os.environ.get("GEMMA_LORA_REQUIRE_LIVE"):
         return importlib.import_module(package)
     return pytest.importorskip(package, reason=f"{package} is not installed")
+
+
+def on_eight_devices(script: str) -> None:
+    """Runs a script that ends by printing 'equal' in a process with eight devices of the host."""
+    here = pathlib.Path(__file__).parent
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={
+            **os.environ,
+            "XLA_FLAGS": flags,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join((str(here), str(here.parent))),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "equal", done.stderr[-3000:]
 
 
 def one_device():

@@ -2,10 +2,6 @@
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -259,7 +255,6 @@ def test_8_bits_at_random():
 
 
 SHARDED = """
-import sys; sys.path[:0] = sys.argv[1:]
 import functools, common, jax, jax.numpy as jnp, numpy as np, test_adapters, tiny
 from gemma_lora.config import default
 from gemma_lora.loss import Sweep
@@ -301,16 +296,7 @@ print("equal")
 
 
 def test_sharded_on_eight_devices_equals_one_device():
-    here = Path(__file__).parent
-    flags = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED, str(here), str(here.parent)],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+    common.on_eight_devices(SHARDED)
 
 
 # ---- what is refused --------------------------------------------------------------------------

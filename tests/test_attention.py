@@ -2,10 +2,6 @@
 
 import functools
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import common
@@ -127,7 +123,6 @@ def test_a_model_of_local_and_global_layers(name, how, monkeypatch):
 
 
 SHARDED = """
-import sys; sys.path[:0] = sys.argv[1:]
 import functools, jax, test_attention as t
 from gemma_lora.attention import splash
 from gemma_lora.sharding import make_mesh
@@ -143,16 +138,7 @@ print("equal")
 
 def test_splash_on_a_mesh_equals_the_reference():
     """Rows over two axes, heads over the third: one key head, two, and three that do not divide."""
-    here = Path(__file__).parent
-    flags = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED, str(here), str(here.parent)],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+    common.on_eight_devices(SHARDED)
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])

@@ -1,10 +1,6 @@
 """The training step: what it moves, what it may not depend on."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import common
 import jax
@@ -110,7 +106,6 @@ def test_bfloat16_stays_near_float32():
 
 
 SHARDED = """
-import sys; sys.path[:0] = sys.argv[1:]
 import common, jax, jax.numpy as jnp, numpy as np, tiny
 import flax.linen as nn
 from gemma_lora.loss import Sweep
@@ -158,17 +153,7 @@ print("equal")
 
 def test_sharded_on_eight_devices_equals_one_device():
     """Loss and Adam's first moments (the gradients) for four meshes, in a process of its own."""
-    here = Path(__file__).parent
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED, str(here), str(here.parent)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+    common.on_eight_devices(SHARDED)
 
 
 def test_lora_plus_is_another_learning_rate_for_b_and_m():

@@ -1,5 +1,8 @@
 """A worker of speed.py: gemma_lora's own step, evaluation or base forward, as a job describes."""
 
+import pathlib
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,10 @@ from gemma_lora.sharding import make_mesh
 from gemma_lora.step import init_state, loss_hidden, make_eval_step, make_train_step
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import common
+
 
 class Offset(LoRA):
     """base(x) + b: everything of a training step but the adapters' products and dropout."""
@@ -27,24 +34,9 @@ class Offset(LoRA):
 
 def batch_arrays(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """The step's arrays from tokens, mask (which tokens are targets) and, if packed, segments."""
-    tokens, mask = batch["tokens"], batch["mask"]
-    rows, whole = len(tokens), np.ones_like(tokens)
-    slots = int(mask.sum(1).max())
-    loss_pos, targets = (np.zeros((rows, slots), np.int32) for _ in range(2))
-    loss_mask = np.zeros((rows, slots), np.float32)
-    for r in range(rows):
-        at = np.flatnonzero(mask[r])
-        loss_pos[r, : len(at)], targets[r, : len(at)] = at - 1, tokens[r, at]
-        loss_mask[r, : len(at)] = 1
-    arrays = {
-        "tokens": tokens,
-        "segments": batch.get("segments", whole),
-        "positions": batch.get("positions", np.cumsum(whole, 1) - 1),
-        "loss_pos": loss_pos,
-        "targets": targets,
-        "loss_mask": loss_mask,
-    }
-    return {k: jnp.asarray(v, v.dtype if k == "loss_mask" else np.int32) for k, v in arrays.items()}
+    arrays = common.batch_of(batch["tokens"], batch["mask"])
+    packed = {k: jnp.asarray(batch[k]) for k in ("segments", "positions") if k in batch}
+    return arrays | packed
 
 
 def main() -> None:

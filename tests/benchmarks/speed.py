@@ -307,7 +307,7 @@ def cases(bench: Bench, rows: Rows, options: argparse.Namespace) -> Iterator[tup
         )
     if "eval" in options.cases:
         batches = rows.padded("all", 4, 256, n, longest=False)
-        packed, examples = rows.packed("all", 2, 576, n)
+        packed, examples = rows.packed("all", 2, 576, 2 * n)
         as_packed = {"name": f"gemma_lora {ours[0]} packed", "examples": examples}
         yield (
             "eval",
