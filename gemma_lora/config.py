@@ -32,8 +32,8 @@ def default() -> ConfigDict:
     c.head = ConfigDict()
     c.head.chunk = 2048  # vocabulary entries the loss looks at at a time
     # Chunks where every probability of a token is below this are not multiplied out in the
-    # backward: their mean embedding stands for them. 0: exact. Pays on CPUs; 2**-14 costs less
-    # accuracy than bfloat16's rounding.
+    # backward: their mean embedding stands for them. 0: exact. Pays on CPUs; 2**-14 costs about
+    # what rounding that gradient to bfloat16 does.
     c.head.floor = 0.0
 
     c.data = ConfigDict()
@@ -126,6 +126,8 @@ def check(config: ConfigDict) -> None:
     for key, least in _LEAST.items():
         if not got[key] >= least:
             raise UserError(f"{key} is {got[key]}, expected at least {least}")
+    if not config.head.floor < 1:
+        raise UserError(f"head.floor is {config.head.floor}, expected a probability below 1")
     t, d = config.train, config.data
     for key in ("train.eval_every", "optim.lr", "optim.b_lr_ratio"):
         if not got[key] > 0:

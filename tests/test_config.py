@@ -72,6 +72,7 @@ def test_every_key_is_read_by_something():
         ("dtype", "int8", "expected bfloat16 or float32"),
         ("seed", -1, "at least 0"),
         ("head.chunk", 0, "at least 1"),
+        ("head.floor", 1.0, "below 1"),
         ("data.seq_len", 1, "at least 2"),
         ("data.batch_size", 0, "at least 1"),
         ("data.batch_size", 3, "not a multiple of train.micro_batches 2"),
