@@ -52,6 +52,7 @@ def default() -> ConfigDict:
     # Row lengths below seq_len, (128, 192): a batch gets the shortest that holds its rows. Each
     # length is compiled once; not with pack, whose rows are full.
     c.data.buckets = ()
+    c.data.exclude = ""  # a text file, one id a line: examples that are not to be trained on
 
     c.lora = ConfigDict()
     c.lora.rank = 8
@@ -77,6 +78,9 @@ def default() -> ConfigDict:
     c.train.max_steps = 0  # optimizer steps, instead of epochs
     c.train.micro_batches = 1  # parts in which a batch goes through the model
     c.train.eval_every = 0.25  # below 1: a fraction of an epoch; else steps
+    # Evals that also take every training example, from which outliers are mined: a fraction of an
+    # epoch or steps, as eval_every, and then step 0 and the last step, too; 0: none.
+    c.train.ledger_every = 0.0
     c.train.eval_examples = 0  # at most so many validation and train-probe examples; 0: all
     c.train.patience = 5  # evals without a better validation loss before stopping; 0: never
     c.train.save_every = 100  # steps between checkpoints (each eval saves one, too)
@@ -139,8 +143,9 @@ def check(config: ConfigDict) -> None:
             f"data.batch_size {d.batch_size} is not a multiple of "
             f"train.micro_batches {t.micro_batches}"
         )
-    if t.eval_every > 1 and t.eval_every != int(t.eval_every):
-        raise UserError(f"train.eval_every {t.eval_every}: above 1 it is steps, a whole number")
+    for key in ("train.eval_every", "train.ledger_every"):
+        if got[key] > 1 and got[key] != int(got[key]):
+            raise UserError(f"{key} {got[key]}: above 1 it is steps, a whole number")
     words = list(d.labels)
     if (
         not words
@@ -184,6 +189,7 @@ _LEAST = {
     "train.max_steps": 0,
     "train.micro_batches": 1,
     "train.eval_examples": 0,
+    "train.ledger_every": 0,
     "train.patience": 0,
     "train.save_every": 1,
 }

@@ -49,6 +49,7 @@ COLUMNS = {
     "el2n": pyarrow.float64(),
     "label": pyarrow.int64(),
     "label_p": pyarrow.list_(pyarrow.float64()),
+    "token_nll": pyarrow.list_(pyarrow.float32()),
 }
 
 
@@ -60,11 +61,13 @@ def ledger_rows(
     tokens: targets that carry loss; nll: their summed -log p; nll_max: the largest; correct: how
     many are the greedy choice; margin and el2n: means over the tokens. In classification, label:
     the index of the row's label word (else -1); label_p: the probabilities of all label words at
-    the first token of the answer, given that it is one of them (else empty).
+    the first token of the answer, given that it is one of them (else empty). token_nll: the -log p
+    of each of the tokens, in their order.
     """
     n = len(data.examples)
     sums = {k: np.zeros(n) for k in ("tokens", "nll", "correct", "margin", "el2n")}
     largest = np.full(n, -np.inf)
+    whose, each = [], []
     label_logits = np.full((n, len(data.label_tokens)), np.nan)
     for i in range(data.steps_per_epoch):
         batch = data.batch_at(i)
@@ -74,10 +77,17 @@ def ledger_rows(
         if data.label_tokens:
             label_logits[owner[answer]] = values.pop("label_logits")[answer]
         np.add.at(sums["tokens"], owner[mine], 1)
+        whose.append(owner[mine])
+        each.append(values["nll"][mine])
         for name, x in values.items():
             np.add.at(sums[name], owner[mine], x[mine].astype(np.float64))
         with np.errstate(invalid="ignore"):  # NaN stays NaN; the caller looks for it
             np.maximum.at(largest, owner[mine], values["nll"][mine].astype(np.float64))
+    # An example's tokens are in one row of one batch, so a stable sort keeps their order.
+    order = np.argsort(np.concatenate(whose), kind="stable")
+    ends = np.cumsum(sums["tokens"].astype(np.int64))[:-1]
+    token_nll = np.empty(n, object)
+    token_nll[:] = np.split(np.concatenate(each)[order], ends)
     return {
         "id": np.array([e.id for e in data.examples], object),
         "split": np.array([split] * n, object),
@@ -90,7 +100,14 @@ def ledger_rows(
         "el2n": sums["el2n"] / sums["tokens"],
         "label": np.array([e.label for e in data.examples], np.int64),
         "label_p": scipy.special.softmax(label_logits, -1) if label_logits.size else label_logits,
+        "token_nll": token_nll,
     }
+
+
+def part_of(rows: dict[str, np.ndarray], ids: set[str], split: str) -> dict[str, np.ndarray]:
+    """The rows of some examples, under the name of another split."""
+    chosen = np.array([i in ids for i in rows["id"]])
+    return {k: v[chosen] for k, v in rows.items()} | {"split": np.array([split] * chosen.sum())}
 
 
 def _gather(tree: Any) -> Any:
@@ -135,12 +152,19 @@ def write_ledger(path: pathlib.Path, parts: list[dict[str, np.ndarray]]) -> None
 
 
 def write_examples(path: pathlib.Path, sets: dict[str, Dataset]) -> None:
-    """The texts that the ledger's ids stand for: id, split, text, start of the completion."""
+    """What the ledger's ids stand for.
+
+    id, split, text, completion: index of its first character; length: tokens, whether they carry
+    loss or not; prompt_targets: how many of the tokens that carry loss lie before the completion;
+    label: as in the ledger.
+    """
     rows = [
-        {"id": e.id, "split": split, "text": e.text, "completion": e.completion}
+        {"id": e.id, "split": split, "text": e.text, "completion": e.completion,
+         "length": len(e.tokens), "prompt_targets": max(0, e.answer_from - e.loss_from),
+         "label": e.label}
         for split, data in sets.items()
         for e in data.examples
-    ]
+    ]  # fmt: skip
     _write_table(path, pyarrow.Table.from_pylist(rows))
 
 

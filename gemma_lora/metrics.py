@@ -145,8 +145,9 @@ class Timer:
         return elapsed
 
 
-# Phases of the loop; the last two are parts of the first.
+# Phases of the loop; WAIT and COPY are parts of STEPS.
 STEPS, WAIT, COPY = "steps", "steps: wait for a batch", "steps: copy a batch"
+LEDGER = "ledger"  # evals of all training examples
 
 
 class Phases:
@@ -180,6 +181,15 @@ class Phases:
             return ""
         share = f"{100 * (wait + copy) / steps:.1f} % of the steps' {steps:.1f} s"
         return f"{share}: {wait:.2f} s for batches, {copy:.2f} s for copying them"
+
+    def share(self, name: str) -> str:
+        """'12.3 % of the run, 41.0 s'; '' where nothing has that name."""
+        seconds = self.seconds.get(name, 0.0)
+        return (
+            f"{100 * seconds / self.since_start():.1f} % of the run, {seconds:.1f} s"
+            if seconds
+            else ""
+        )
 
     def told(self) -> str:
         """'imports 2.1 s, compile 4.0 s, other 0.3 s': where the time since the start went."""

@@ -22,8 +22,8 @@ from gemma_lora import evaluate, report
 from gemma_lora.attention import choose
 from gemma_lora.checkpoint import Checkpoints
 from gemma_lora.compiled import Compiled, keep_compiled
-from gemma_lora.data.dataset import Batch
-from gemma_lora.data.pipeline import describe, load_data
+from gemma_lora.data.dataset import Batch, Dataset
+from gemma_lora.data.pipeline import describe, in_steps, load_data, unshuffled
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import write_text
 from gemma_lora.interrupt import Interrupt
@@ -31,6 +31,7 @@ from gemma_lora.lora import LoRAConfig, check_targets, count, from_base, on_orig
 from gemma_lora.loss import Sweep
 from gemma_lora.metrics import (
     COPY,
+    LEDGER,
     STEPS,
     WAIT,
     Metrics,
@@ -116,8 +117,10 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         train_set, validation, probe, counts = load_data(config, tokenizer, arch.vocab)
     steps_per_epoch = train_set.steps_per_epoch
     total = config.train.max_steps or config.train.epochs * steps_per_epoch
-    every = config.train.eval_every
-    every = max(1, round(every * steps_per_epoch)) if every < 1 else int(every)
+    every = in_steps(config.train.eval_every, steps_per_epoch)
+    ledger_every = in_steps(config.train.ledger_every, steps_per_epoch)
+    whole = [unshuffled(train_set, config)] if ledger_every else []
+    probe_ids = {e.id for e in probe.examples}
     banner("data", describe(config, train_set, counts, total, every))
     tx = optimizer(config.optim, total)
     learning_rate = schedule(config.optim, total)
@@ -167,7 +170,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
             make_eval_step(model, sweep, train_set.label_tokens),
             out_shardings=batch_sharding(mesh),
         )
-        eval_step = Compiled(eval_step, (state.lora, base), (validation, probe), mesh)
+        eval_step = Compiled(eval_step, (state.lora, base), (validation, probe, *whole), mesh)
     # Of the longest rows, the largest.
     memory = train_step.made[max(train_step.made)].memory_analysis()
     banner(
@@ -226,13 +229,23 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         with mark(COPY):
             return batch and (batch, to_global(batch.arrays, mesh))
 
+    def at_ledger(step: int) -> bool:
+        return ledger_every > 0 and (step % ledger_every == 0 or step == total)
+
     def evaluate_now(step: int) -> None:
         """Both fixed sets: ledger, metrics, best so far; raises _NotFiniteError."""
+
+        def rows(data: Dataset, split: str) -> dict[str, np.ndarray]:
+            return evaluate.ledger_rows(eval_step, state.lora, base, data, mesh, split, step)
+
         with mark("evaluate"):
-            parts = [
-                evaluate.ledger_rows(eval_step, state.lora, base, data, mesh, name, step)
-                for name, data in (("validation", validation), ("train_probe", probe))
-            ]
+            parts = [rows(validation, "validation")]
+            if not at_ledger(step):
+                parts.append(rows(probe, "train_probe"))
+        if at_ledger(step):
+            with mark(LEDGER):
+                parts.append(rows(whole[0], "train"))
+                parts.append(evaluate.part_of(parts[-1], probe_ids, "train_probe"))
         found = {p["split"][0]: evaluate.metrics(p, config.data.batch_size) for p in parts}
         if jax.process_index() == 0:
             evaluate.write_ledger(workdir / "ledger" / f"eval_{step:06d}.parquet", parts)
@@ -312,7 +325,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
                 if in_flight is not None:
                     log(*in_flight)
                 in_flight = (step, sums, int(np.sum(batch.arrays["segments"] > 0)))
-                evaluating = step % every == 0 or step == total
+                evaluating = step % every == 0 or step == total or at_ledger(step)
                 if interrupt.asked or evaluating or step % config.train.save_every == 0:
                     log(*in_flight)
                     in_flight = None
@@ -367,6 +380,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
                     **written["validation"]["loss"]
                 ),
                 "waiting for data": phases.waited(),
+                "ledger": phases.share(LEDGER),
                 "peak memory": ", ".join(
                     f"{n / 2**30:.2f} GiB on the {where}"
                     for where, n in run["peak_memory"].items()

@@ -1,5 +1,6 @@
 """From a config to the three data sets of a run, and what to say about them."""
 
+import pathlib
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from gemma_lora.data.examples import (
     subset,
     tokenize,
 )
-from gemma_lora.errors import UserError
+from gemma_lora.errors import UserError, nearest
 from gemma_lora.tokenizer import Tokenizer
 
 
@@ -46,7 +47,8 @@ def load_data(
     """(training set, validation set, train probe, counts), all in the same batch shapes.
 
     The train probe is a fixed part of the training examples, as large as the validation set, on
-    which the same numbers are taken.
+    which the same numbers are taken. What data.exclude names is left out of the training set
+    alone, and only after the split, so that both sets stay comparable without it.
     """
     data = config.data
 
@@ -77,6 +79,9 @@ def load_data(
         train_part, validation_part = split(
             found[0].examples, data.validation_fraction, config.seed
         )
+    excluded = _excluded(data.exclude, {e.id for f in found for e in f.examples})
+    kept = [e for e in train_part if e.id not in excluded]
+    left_out, train_part = len(train_part) - len(kept), kept
     if not train_part or not validation_part:
         raise UserError(
             f"{len(train_part)} training and {len(validation_part)} validation examples carry loss "
@@ -96,8 +101,37 @@ def load_data(
         "train_probe": len(probe_part),
         "truncated": sum(len(f.truncated) for f in found),
         "dropped": sum(len(f.dropped) for f in found),
+        "excluded": left_out,
     }
     return *sets, counts
+
+
+def _excluded(path: str, known: set[str]) -> set[str]:
+    """The ids of data.exclude; UserError where the file or one of its ids does not exist."""
+    if not path:
+        return set()
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as e:
+        raise UserError(f"data.exclude {path} cannot be read: {e}") from e
+    ids = {line.strip() for line in lines} - {""}
+    if unknown := sorted(ids - known):
+        raise UserError(
+            f"data.exclude {path}: {len(unknown)} of {len(ids)} ids are not in the data, e.g. "
+            f"{unknown[0]!r}, {nearest(unknown[0], known)}"
+        )
+    return ids
+
+
+def in_steps(value: float, steps_per_epoch: int) -> int:
+    """A period of the config, below 1 a fraction of an epoch, else steps; 0 stays 0."""
+    return max(1, round(value * steps_per_epoch)) if 0 < value < 1 else int(value)
+
+
+def unshuffled(train_set: Dataset, config: Any) -> Dataset:
+    """The training examples once each, in a fixed order, in the shapes of the training set."""
+    rows, labels = train_set.shapes, train_set.label_tokens
+    return dataset(train_set.examples, config, rows, labels, shuffle=False)
 
 
 def describe(
@@ -134,6 +168,13 @@ def describe(
         facts["truncated"] = (
             f"{counts['truncated']} examples are longer: cut at the end, those with a label in "
             "their longest field"
+        )
+    if counts["excluded"]:
+        facts["excluded"] = f"{counts['excluded']} training examples, by {data.exclude}"
+    if ledger := in_steps(train.ledger_every, steps):
+        facts["ledger"] = (
+            f"all {counts['train']:,} training examples at 0, every {ledger} steps and at the end: "
+            f"{1 + -(-total // ledger)} evals"
         )
     if counts["dropped"]:
         facts["dropped"] = (
