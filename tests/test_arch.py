@@ -229,6 +229,8 @@ HOUSE = [
     "stats",
     "report",
     "train",
+    "outliers",
+    "folds",
 ]
 
 

@@ -289,7 +289,8 @@ def test_a_split_of_one_file(tmp_path, tokenizer):
     c = settings(path=write(tmp_path / "all.jsonl", [f"a{i}" for i in range(40)]))
     train, validation, probe, counts = load_data(c, tokenizer, 128)
     assert counts == {
-        "train": 36, "validation": 4, "train_probe": 4, "truncated": 0, "dropped": 0
+        "train": 36, "validation": 4, "train_probe": 4, "truncated": 0, "dropped": 0,
+        "excluded": 0,
     }  # fmt: skip
     assert not ids(train) & ids(validation) and len(ids(train) | ids(validation)) == 40
     assert ids(probe) < ids(train) and len(ids(probe)) == 4
