@@ -227,6 +227,8 @@ HOUSE = [
     "export",
     "evaluate",
     "stats",
+    "sums",
+    "rules",
     "report",
     "train",
     "outliers",

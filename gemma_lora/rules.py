@@ -1,0 +1,240 @@
+"""Suspicious training rows, found by rules that need no model: copies, leaks, cuts, wrong sums."""
+
+import collections
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator
+
+import numpy as np
+from scipy.sparse import coo_array, csgraph
+
+from gemma_lora.sums import arithmetic, final_answer
+
+NEAR = 0.6  # Jaccard similarity of two near duplicates, at least
+RARE = 0.1  # a label with a smaller share of the labelled rows is rare
+TAIL = 4.0  # robust standard deviations from the median: a length beyond is a tail
+
+RULES: dict[str, str] = {
+    "duplicate": "Prompt and completion are those of another row, but for white space and case.",
+    "conflict": "The prompt is that of another row, but for white space and case; the completion "
+    "is another.",
+    "near_duplicate": f"Of the 8-byte pieces of this row and another, {NEAR:.0%} are in both.",
+    "overlap": "A training and a validation row have the same prompt or are near duplicates.",
+    "empty": "The completion holds no text.",
+    "cut": "The tokens fill the length: the end of the completion is probably missing.",
+    "full_prompt": "The tokens fill the length, and nearly all of them are the prompt's.",
+    "unfinished": "The completion ends as no sentence does, or in an open code block; weak "
+    "evidence.",
+    "arithmetic": "An annotation such as <<12*3=38>> does not hold.",
+    "final_answer": "The answer after #### is neither the last annotation's result, nor 100 times "
+    "it, nor a number of the line before it.",
+    "length": f"The log length is {TAIL:g} robust standard deviations from the median, or more.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One example. tokens: its length, at most seq_len; label -1: none."""
+
+    id: str
+    split: str  # 'train', 'train_probe' (some of the rows of train, again) or 'validation'
+    prompt: str
+    completion: str
+    tokens: int
+    label: int
+
+
+def check(rows: list[Row], seq_len: int) -> dict[str, dict[str, str]]:
+    """id -> rule name -> why, with the evidence; ids without a finding are left out.
+
+    An id given twice is one row: the rows of train_probe are those of train. Rules that do not
+    apply to the data (no labels, no annotations) are silent.
+    """
+    rows = list({r.id: r for r in reversed(rows)}.values())[::-1]
+    found: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    copies = itertools.chain(_copies(rows), _near(rows), _tails(rows))
+    for i, rule, why in copies:
+        found[rows[i].id].setdefault(rule, why)
+    for row in rows:
+        for rule, why in _alone(row, seq_len):
+            found[row.id].setdefault(rule, why)
+    return dict(found)
+
+
+def imbalance(rows: list[Row]) -> dict[int, float] | None:
+    """Label -> share of the labelled rows, of the labels below RARE; None: no row has a label."""
+    counts = collections.Counter({r.id: r.label for r in rows if r.label >= 0}.values())
+    total = counts.total()
+    return {k: n / total for k, n in sorted(counts.items()) if n < RARE * total} if total else None
+
+
+def _side(row: Row) -> str:
+    return "validation" if row.split == "validation" else "train"
+
+
+# One row by itself.
+
+
+_OPEN = re.compile(r"(?:[,;:([{]|\b(?:a|an|the|and|or|of|to|with|for|from|by|is|are))$", re.I)
+
+
+def _alone(row: Row, seq_len: int) -> Iterator[tuple[str, str]]:
+    completion = row.completion.rstrip()
+    if not completion:
+        yield "empty", "no text"
+    if row.tokens >= seq_len:
+        share = len(row.prompt) / max(1, len(row.prompt) + len(row.completion))
+        # A row with a label loses the end of its prompt instead, see examples.tokenize.
+        if row.label >= 0 or share > 0.9:
+            yield "full_prompt", f"{row.tokens} of {seq_len} tokens, {share:.0%} of it prompt"
+        if row.label < 0:
+            yield "cut", f"{row.tokens} of {seq_len} tokens"
+    # A label or a short answer is no sentence.
+    if row.label < 0 and len(completion.split()) >= 5:
+        if completion.count("```") % 2:
+            yield "unfinished", "a ``` without its end"
+        elif _OPEN.search(completion[-20:]):
+            yield "unfinished", f"ends in {completion[-20:]!r}"
+    if wrong := arithmetic(row.completion):
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        yield "arithmetic", wrong[0] + more
+    if why := final_answer(row.completion):
+        yield "final_answer", why
+
+
+# One row among the others. Each yields (index, rule, why).
+
+
+def _copies(rows: list[Row]) -> Iterator[tuple[int, str, str]]:
+    """Rows whose prompt, or prompt and completion, another row has."""
+    prompts: dict[str, list[int]] = collections.defaultdict(list)
+    plain = [(_plain(r.prompt), _plain(r.completion)) for r in rows]
+    for i, (prompt, _) in enumerate(plain):
+        prompts[prompt].append(i)
+    for prompt, group in prompts.items():
+        # A prompt that is always the same, or empty, says nothing about its row.
+        trivial = not prompt or len(group) > _common(len(rows))
+        same: dict[str, list[int]] = collections.defaultdict(list)
+        for i in group:
+            same[plain[i][1]].append(i)
+        for i in group:
+            if len(twins := same[plain[i][1]]) > 1:
+                yield i, "duplicate", _names(rows, i, twins)
+            if not trivial and len(same) > 1:
+                others = [j for j in group if plain[j][1] != plain[i][1]]
+                yield i, "conflict", _names(rows, i, others)
+            leaks = [j for j in (twins if trivial else group) if _side(rows[j]) != _side(rows[i])]
+            if leaks:
+                yield i, "overlap", f"{_names(rows, i, leaks)} ({_side(rows[leaks[0]])})"
+
+
+def _names(rows: list[Row], i: int, others: list[int]) -> str:
+    others = [j for j in others if j != i]
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    return f"like {rows[others[0]].id}{more}"
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _common(count: int) -> float:
+    """What more of `count` rows than this have in common is the template's, not theirs."""
+    return max(10, count / 5)
+
+
+_BANDS, _BAND = 24, 3  # of two rows alike by 0.6, 1 - (1 - 0.6**3)**24 = 99.7 % share a band
+_LIKELY = NEAR - 0.15  # by the minima alone, of which 72 say it to 0.06 (standard deviation)
+_FEWEST = 32  # pieces that a row must have to be compared
+
+
+def _near(rows: list[Row]) -> Iterator[tuple[int, str, str]]:
+    """Rows of which NEAR of the pieces (of all that either has) are in another, compared exactly.
+
+    Candidates share a band of MinHash minima. A band links each of its rows to the next one only,
+    so the work grows with the rows and not with their pairs; rows that are alike become one group
+    by their links, in which all are compared.
+    """
+    first: dict[str, int] = {}  # of copies, one is compared
+    texts = [_plain(f"{r.prompt} {r.completion}") for r in rows]
+    for i, text in enumerate(texts):
+        first.setdefault(text, i)
+    kept = list(first.values())
+    sample = [_pieces(texts[i]) for i in kept[:: max(1, len(kept) // 1000)]]
+    hashes, counts = np.unique(np.concatenate([_pieces(""), *sample]), return_counts=True)
+    template = hashes[counts > _common(len(sample))]
+    factors = np.random.default_rng(0).integers(0, 2**63, _BANDS * _BAND, np.uint64) * 2 + 1
+    minima = np.zeros((len(kept), len(factors)), np.uint64)
+    enough = np.zeros(len(kept), bool)
+    for k, i in enumerate(kept):
+        own = _own(texts[i], template)
+        if len(own) >= _FEWEST:
+            minima[k], enough[k] = (factors[:, None] * own).min(1), True
+    kept, minima = [i for i, e in zip(kept, enough, strict=True) if e], minima[enough]
+    links = []
+    for band in range(0, len(factors), _BAND):
+        key = minima[:, band : band + _BAND] @ factors[:_BAND]
+        order = np.argsort(key, kind="stable")
+        a, b = order[:-1], order[1:]
+        same = key[a] == key[b]
+        a, b = a[same], b[same]
+        likely = (minima[a] == minima[b]).mean(1) >= _LIKELY
+        links.append(np.stack([a[likely], b[likely]]))
+    a, b = np.concatenate(links, 1)
+    graph = coo_array((np.ones(len(a), bool), (a, b)), shape=(len(kept), len(kept)))
+    groups: dict[int, list[int]] = collections.defaultdict(list)
+    names = csgraph.connected_components(graph, directed=False)[1] if kept else []
+    for k in np.unique([a, b]):
+        groups[names[k]].append(kept[k])
+    for group in groups.values():
+        yield from _compare(rows, texts, template, group)
+
+
+def _compare(
+    rows: list[Row], texts: list[str], template: np.ndarray, group: list[int]
+) -> Iterator[tuple[int, str, str]]:
+    own = {i: set(_own(texts[i], template).tolist()) for i in group}
+    for at, i in enumerate(group):
+        # A group of hundreds is one pattern filled in: its neighbours do for evidence.
+        for j in group[at + 1 : at + 33]:
+            both = len(own[i] & own[j])
+            alike = both / (len(own[i]) + len(own[j]) - both)
+            if alike < NEAR:
+                continue
+            for this, other in ((i, j), (j, i)):
+                yield this, "near_duplicate", f"like {rows[other].id}, {alike:.0%}"
+                if (side := _side(rows[other])) != _side(rows[this]):
+                    yield this, "overlap", f"like {rows[other].id} ({side}), {alike:.0%}"
+
+
+def _own(text: str, template: np.ndarray) -> np.ndarray:
+    pieces = _pieces(text)
+    if not len(template):
+        return pieces
+    at = np.minimum(np.searchsorted(template, pieces), len(template) - 1)
+    return pieces[template[at] != pieces]
+
+
+def _pieces(text: str) -> np.ndarray:
+    """Hashes of all the 8-byte pieces of a text, sorted, each once: a piece is one 64-bit word."""
+    data = np.frombuffer(text.encode(errors="replace"), np.uint8)
+    if len(data) < 8:
+        return np.zeros(0, np.uint64)
+    words = np.lib.stride_tricks.sliding_window_view(data, 8).copy().view("<u8")[:, 0]
+    # Odd factors and a shift: a bijection, after which the order of words is as good as random.
+    words = words * np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+    return np.unique(words ^ (words >> np.uint64(32)))
+
+
+def _tails(rows: list[Row]) -> Iterator[tuple[int, str, str]]:
+    logs = np.log([max(1, r.tokens) for r in rows])
+    if not len(logs):
+        return
+    median = np.median(logs)
+    scale = 1.4826 * np.median(np.abs(logs - median))
+    if not scale:
+        return  # more than half of the rows have one length
+    for i in np.flatnonzero(np.abs(logs - median) > TAIL * scale):
+        yield int(i), "length", f"{rows[i].tokens} tokens, the median is {np.exp(median):.0f}"

@@ -1,0 +1,341 @@
+"""Suspicious rows: each rule on rows that it must flag and on rows that it must not."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from gemma_lora import rules
+from gemma_lora.data import templates
+from gemma_lora.rules import RULES, Row, arithmetic, check, imbalance
+
+LONG = 512
+WORDS = [
+    f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "rd", "sk", "lt", "mp")
+]
+
+
+def row(ident, prompt="", completion="It is so.", split="train", tokens=50, label=-1):
+    return Row(ident, split, prompt or f"What about {ident}?", completion, tokens, label)
+
+
+def prose(seed, words=60):
+    return " ".join(random.Random(seed).choices(WORDS, k=words)) + "."
+
+
+def flagged(rows, rule, seq_len=LONG):
+    assert rule in RULES
+    return {i: why[rule] for i, why in check(rows, seq_len).items() if rule in why}
+
+
+def test_clean_rows_and_no_rows_are_silent():
+    assert check([], LONG) == {}
+    assert check([row(str(i), prose(i), prose(-i - 1)) for i in range(50)], LONG) == {}
+
+
+def test_every_rule_has_a_sentence_and_no_other_name_is_used():
+    rows = [
+        row("a", "Same", "same, "),
+        row("b", "same ", "SAME,"),
+        row("c", "same", "", tokens=LONG),
+    ]
+    names = {name for why in check(rows, LONG).values() for name in why}
+    assert {"duplicate", "conflict", "empty", "cut"} <= names <= set(RULES)
+    assert all(text.endswith(".") for text in RULES.values())
+
+
+def test_duplicates_name_each_other_whatever_case_and_space():
+    rows = [
+        row("a", "One  two\n", "Three"),
+        row("b", "one two", "THREE "),
+        row("c", "one two.", "3"),
+    ]
+    assert flagged(rows, "duplicate") == {"a": "like b", "b": "like a"}
+    assert flagged([*rows, row("d", "ONE TWO", "three")], "duplicate")["a"] == "like b and 1 more"
+    assert flagged(rows, "conflict") == {}
+
+
+def test_a_prompt_with_two_completions_conflicts():
+    rows = [row("a", "Is it?", "yes"), row("b", "is  it?", "no"), row("c", "Is it not?", "no")]
+    assert flagged(rows, "conflict") == {"a": "like b", "b": "like a"}
+    assert flagged(rows, "duplicate") == {}
+
+
+def test_a_prompt_that_all_rows_share_is_no_conflict_and_no_overlap():
+    rows = [
+        row(str(i), "Tell me a story.", prose(i), "validation" if i % 3 else "train")
+        for i in range(30)
+    ]
+    assert check(rows, LONG) == {}
+
+
+def test_the_probe_is_no_copy_of_train():
+    rows = [row("a", prose(1), prose(2)), row("a", prose(1), prose(2), "train_probe")]
+    assert check(rows, LONG) == {}
+
+
+@pytest.mark.parametrize("count", [2, 40])
+def test_near_duplicates_are_found_and_others_are_not(count):
+    rows = [row(str(i), prose(i), prose(1000 + i)) for i in range(count)]
+    words = rows[1].prompt.split()
+    words[20] = "other"
+    rows.append(row("near", " ".join(words), rows[1].completion))
+    half = row("half", rows[0].prompt, prose(7))  # the same prompt: a conflict, not that near
+    found = flagged([*rows, half], "near_duplicate")
+    assert set(found) == {"1", "near"}
+    assert found["near"].startswith("like 1, 9") and found["1"].startswith("like near, 9")
+
+
+def test_what_the_template_writes_is_no_likeness():
+    text = prose(0, 100)
+    rows = [row(str(i), f"{text} {prose(i + 1, 8)}", prose(-i - 1, 8)) for i in range(40)]
+    assert flagged(rows, "near_duplicate") == {}
+    assert len(flagged(rows[:2], "near_duplicate")) == 2  # the text itself is what they share
+
+
+def test_near_duplicates_are_recalled_among_many():
+    """Rows with a few of their words replaced: all of those that are really near."""
+    rows, changed = [row(str(i), prose(i), "fine") for i in range(1500)], {}
+    draw = random.Random(0)
+    for i in range(300):
+        words = rows[i].prompt.split()
+        for at in draw.sample(range(60), i % 12 + 1):
+            words[at] = draw.choice(WORDS)
+        changed[str(i)] = row(f"x{i}", " ".join(words), "fine")
+    found = flagged([*rows, *changed.values()], "near_duplicate")
+    pieces = {r.id: _pieces(r) for r in [*rows, *changed.values()]}
+    near = {
+        i
+        for i, c in changed.items()
+        if len(pieces[i] & pieces[c.id]) >= rules.NEAR * len(pieces[i] | pieces[c.id])
+    }
+    assert 100 < len(near) < 300  # some are changed too much
+    both = near | {f"x{i}" for i in near}
+    assert set(found) <= both and len(found) >= 0.98 * len(both)
+
+
+def _pieces(r):
+    text = f"{r.prompt} {r.completion}".lower().encode()
+    return {text[i : i + 8] for i in range(len(text) - 7)}
+
+
+def test_overlap_names_both_directions():
+    a, v = row("a", "Who is it?", "me"), row("v", "who is it?", "you", "validation")
+    found = flagged([a, v, row("b")], "overlap")
+    assert found == {"a": "like v (validation)", "v": "like a (train)"}
+    near = row("n", prose(3) + " And more.", "fine", "validation")
+    found = flagged([row("a", prose(3), "fine"), near], "overlap")
+    assert found["a"].startswith("like n (validation), 9") and found["n"].startswith(
+        "like a (train)"
+    )
+    assert flagged([a, row("b", a.prompt, "me")], "overlap") == {}
+    assert flagged([a, row("b", a.prompt, "me", "train_probe")], "overlap") == {}
+
+
+def test_empty_completions():
+    rows = [row("a", completion=" \n"), row("b", completion="7"), row("c", completion="")]
+    assert set(flagged(rows, "empty")) == {"a", "c"}
+
+
+def test_rows_that_fill_the_length():
+    rows = [
+        row("whole", tokens=LONG - 1),
+        row("cut", "Why?", "Because " * 9, tokens=LONG),
+        row("prompt", "why " * 100, "so", tokens=LONG),
+        row("label", "why " * 100, "so", tokens=LONG, label=1),
+    ]
+    assert set(flagged(rows, "cut")) == {"cut", "prompt"}  # a label is kept, its prompt is cut
+    assert set(flagged(rows, "full_prompt")) == {"prompt", "label"}
+
+
+@pytest.mark.parametrize(
+    ("completion", "bad"),
+    [
+        ("He went to the shop and bought the", True),
+        ("These are the five reasons for it:", True),
+        ("This is how:\n```\nprint(1)\n", True),
+        ("This is how:\n```\nprint(1)\n```", False),
+        ("He went to the shop and bought bread.", False),
+        ("1. bread 2. butter 3. cheese", False),
+        ("a, b, c, d, data", False),
+        ("of the", False),
+    ],
+)
+def test_unfinished_completions(completion, bad):
+    assert bool(flagged([row("a", completion=completion)], "unfinished")) == bad
+    assert not flagged([row("a", completion=completion, label=0)], "unfinished")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *("48/2=24", "1/3=.33", "1/3=0.3333", "2/3=.67", "2/3=.66", "2/3=1", "7/2=4", "-5/2=-2.5"),
+        *("20%*50=10", "50*20%=10", "(10+10)%*50=10", "10/20=50%", "10/20*100=50%", "1/3=33.3%"),
+        *("1,000*2=2,000", "$5*3=$15", ".5*2=1", "0.1+0.2=.3", "7%3=1", "2**10=1024", "007+1=8"),
+        *("-3+-4=-7", "560//10=56", "3*(2+1)=9=9", "+10=10", "2*3.50=7.00", "1000000*3=3,000,000"),
+    ],
+)
+def test_annotations_that_hold(body):
+    assert arithmetic(f"so <<{body}>> it is") == []
+
+
+@pytest.mark.parametrize(
+    ("body", "value"),
+    [
+        *[
+            ("12*3=38", "12*3 is 36"),
+            ("1/3=.34", "0.333"),
+            ("1/3=.3334", "0.333"),
+            ("2/3=0", "0.66"),
+        ],
+        *[("20%*50=11", "is 10"), ("10/20=51%", "is 0.5"), ("1,000*2=2,001", "is 2000")],
+        *[("0.1+0.2=.31", "is 0.3"), ("7%3=2", "is 1"), ("3+3=5=6", ""), ("-3+-4=7", "is -7")],
+        *[("5/0=0", "divides by zero"), ("5%0=0", "divides by zero"), ("0**-1=0", "by zero")],
+        *[("10000000000000001*1=10000000000000000", "is 10000000000000001"), ("5-5=1", "is 0")],
+        *[("5*1=0", "is 5")],
+    ],
+)
+def test_annotations_that_do_not_hold(body, value):
+    if body == "3+3=5=6":  # 5 is not 6, though 3+3 is
+        value = "5 is 5"
+    (why,) = arithmetic(f"first <<1+1=2>>2, then <<{body}>> it is")
+    assert why.startswith(f"<<{body}>>: ") and value in why
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(
+            "__import__('os')=1",
+            "9**9**9=1",
+            "(-9)**9**9=1",
+            "9**-999999999=1",
+            "2**.5=1.4",
+            "x=10",
+        ),
+        *(
+            "(" * 90 + "1" + ")" * 90 + "=2=x",
+            "1" * 5000 + "=2",
+            "9" * 180 + "**9=1",
+            "2*x+5=9",
+            "=",
+            "",
+        ),
+        *(
+            "5(3)=1",
+            "5 3=1",
+            "1..real=1",
+            "1_0=2",
+            "1e9999=1",
+            "...=1",
+            "lambda:0=1",
+            "\u0663=4",
+            "1/=2",
+        ),
+        *(
+            "[1]*9**9=1",
+            "1 if 1 else 2=2",
+            "1;2=2",
+            "3*4",
+            "*=*",
+            "-" * 190 + "1=x",
+            "~1=1",
+            "1<2=1",
+        ),
+    ],
+)
+def test_hostile_annotations_are_passed_over_at_once(body, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.eval", None)
+    start = time.process_time()
+    assert arithmetic(f"<<{body}>>") == []
+    assert time.process_time() - start < 0.5
+
+
+def test_a_power_that_is_not_too_large_is_computed():
+    assert arithmetic("<<9**9=387420489>>") == []
+    assert arithmetic("<<9**9=1>>") == ["<<9**9=1>>: 9**9 is 387420489"]
+
+
+def test_arithmetic_is_reported_for_its_row():
+    wrong = "So <<12*3=38>>38, and <<1+1=3>>3.\n#### 3"
+    found = flagged(
+        [row("a", completion=wrong), row("b", completion="<<12*3=36>>36")], "arithmetic"
+    )
+    assert found == {"a": "<<12*3=38>>: 12*3 is 36 (and 1 more)"}
+
+
+@pytest.mark.parametrize(
+    ("completion", "bad"),
+    [
+        ("That is <<5+1=6>>6.\n#### 6", False),
+        ("That is <<5+1=6>>6.\n#### 7", True),
+        ("That is <<5+1=6>>6.\nThen one more is 7.\n#### 7", False),
+        ("First 7.\nThat is <<5+1=6>>6.\n#### 7", True),
+        ("That is <<500*2=1000>>1000.\n#### 1,000", False),
+        ("That is <<2*5=10.00>>10.\n#### $10", False),
+        ("That is <<.5-.25=.25>>.25 a can.\n#### 25", False),
+        ("It is 17 000/5 = 3 400, <<1=1>>.\n#### 3400", False),
+        ("That is 6.\n#### 7", False),
+        ("That is <<5+1=6>>6.", False),
+        ("That is <<5+1=6>>6.\n#### none", False),
+    ],
+)
+def test_final_answers(completion, bad):
+    assert bool(flagged([row("a", completion=completion)], "final_answer")) == bad
+
+
+def test_length_tails_on_both_sides():
+    rows = [row(str(i), tokens=80 + i) for i in range(40)]
+    assert flagged(rows, "length") == {}
+    found = flagged([*rows, row("s", tokens=3), row("l", tokens=LONG)], "length")
+    assert set(found) == {"s", "l"} and found["s"] == "3 tokens, the median is 99"
+    assert (
+        flagged([row(str(i), tokens=9) for i in range(9)] + [row("l", tokens=99)], "length") == {}
+    )
+
+
+def test_imbalance_is_of_labelled_rows_and_none_without_labels():
+    rows = [row(str(i), label=int(i < 5)) for i in range(100)]
+    unlabelled = [row(f"u{i}") for i in range(900)]
+    assert imbalance(rows + unlabelled) == {1: 0.05}
+    assert imbalance([row(str(i), label=i % 2) for i in range(100)]) == {}
+    assert imbalance([row(str(i), label=int(i < 10)) for i in range(100)]) == {}  # 10 % is not rare
+    assert imbalance(unlabelled) is None and imbalance([]) is None
+
+
+def test_thousands_of_rows_take_seconds():
+    rows = [row(str(i), prose(i, 100), "fine") for i in range(5000)]
+    rows.append(row("near", rows[4321].prompt + " more", "fine"))
+    start = time.process_time()
+    assert set(flagged(rows, "near_duplicate")) == {"4321", "near"}
+    assert time.process_time() - start < 20
+
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+def test_real_problems_have_few_findings():
+    """GSM8K: every annotation holds; answers that contradict their steps are few."""
+    path = DATA / "gsm8k" / "train.jsonl"
+    if not path.exists():
+        pytest.skip("the rows of the real sets are not beside the checkout")
+    fields = [json.loads(line) for line in path.read_text().splitlines()]
+    made = [
+        templates.render(templates.TEMPLATES["question", "answer"], f, (), "gsm8k") for f in fields
+    ]
+    rows = [
+        Row(
+            str(i),
+            "train",
+            r.text[: r.completion],
+            r.text[r.completion :],
+            1 + len(r.text) // 4,
+            -1,
+        )
+        for i, r in enumerate(made)
+    ]
+    found = check(rows, 2048)
+    assert {name for why in found.values() for name in why} == {"final_answer"}
+    assert len(found) == 11
