@@ -2,12 +2,14 @@
 
     python -m gemma_lora.outliers --workdir DIR [--top N] [--write-filtered FILE]
 
-writes DIR/outliers.parquet (a row an example, a column a score) and DIR/outliers.md (the worst,
-with their text). It takes a run with train.ledger_every. Letters: n examples, e evals.
+writes DIR/outliers.parquet (a row an example, a column a score, and the rules that it breaks) and
+DIR/outliers.md (the worst, with their text). It takes a run with train.ledger_every. Letters: n
+examples, e evals.
 """
 
 import argparse
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -17,6 +19,7 @@ import pyarrow.compute
 import pyarrow.parquet
 import scipy
 
+from gemma_lora import rules
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import replace_file, write_text
 
@@ -203,8 +206,31 @@ def read_folds(workdir: pathlib.Path, ids: np.ndarray) -> dict[str, np.ndarray]:
     return {k: x for k, x in found.items() if not np.isnan(x).all()}
 
 
-def markdown(columns: dict[str, np.ndarray], texts: dict[str, str], top: int) -> str:
-    """The examples with the highest combined rank: ranks of every score, and the text."""
+def broken_rules(workdir: pathlib.Path) -> dict[str, dict[str, str]]:
+    """id -> rule -> why, of the training examples that a rule flags."""
+    rows = []
+    for split in ("train", "validation"):
+        for e in read_examples(workdir, split):
+            cut = e["completion"]
+            rows.append(
+                rules.Row(e["id"], split, e["text"][:cut], e["text"][cut:], e["length"], e["label"])
+            )
+    try:
+        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+        seq_len = config["data"]["seq_len"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{workdir / 'config.json'} is missing or damaged: {e}") from e
+    trained = {r.id for r in rows if r.split == "train"}
+    return {k: v for k, v in rules.check(rows, seq_len).items() if k in trained}
+
+
+def markdown(
+    columns: dict[str, np.ndarray],
+    broken: dict[str, dict[str, str]],
+    texts: dict[str, str],
+    top: int,
+) -> str:
+    """The examples with the highest combined rank, and those that break a rule."""
     names = [k for k in columns if k not in ("id", "tokens", "combined")]
     ranks = {k: rank(columns[k]) for k in names}
     worst = np.argsort(-columns["combined"], kind="stable")[:top]
@@ -214,7 +240,15 @@ def markdown(columns: dict[str, np.ndarray], texts: dict[str, str], top: int) ->
     for place, i in enumerate(worst, 1):
         shown = ", ".join(f"{k} {columns[k][i]:.3g} ({ranks[k][i]:.3f})" for k in names)
         lines += ["", f"## {place}. {columns['id'][i]}", "", shown, ""]
+        lines += [f"{rule}: {why}\n" for rule, why in broken.get(columns["id"][i], {}).items()]
         lines += ["    " + line for line in texts[columns["id"][i]].splitlines()]
+    lines += ["", f"# {len(broken)} training examples that break a rule", ""]
+    lines += [f"- `{k}`: {v}" for k, v in rules.RULES.items()]
+    lines += [""]
+    lines += [
+        f"- {example}: {'; '.join(f'{rule}: {why}' for rule, why in found.items())}"
+        for example, found in sorted(broken.items())
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -224,9 +258,11 @@ def mine(workdir: pathlib.Path, top: int, filtered: pathlib.Path | None) -> dict
     if not 0 < top <= len(columns["id"]):
         raise UserError(f"--top is {top}, expected 1 to {len(columns['id'])} training examples")
     texts = {e["id"]: e["text"] for e in read_examples(workdir, "train")}
+    broken = broken_rules(workdir)
+    names = [sorted(broken.get(i, {})) for i in columns["id"]]
     with replace_file(workdir / "outliers.parquet") as temporary:
-        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
-    write_text(workdir / "outliers.md", markdown(columns, texts, top))
+        pyarrow.parquet.write_table(pyarrow.table(columns | {"rules": names}), temporary)
+    write_text(workdir / "outliers.md", markdown(columns, broken, texts, top))
     if filtered:
         worst = np.argsort(-columns["combined"], kind="stable")[:top]
         write_text(filtered, "".join(f"{columns['id'][i]}\n" for i in worst))
