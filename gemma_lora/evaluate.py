@@ -173,6 +173,15 @@ def _write_table(path: pathlib.Path, table: pyarrow.Table) -> None:
         pyarrow.parquet.write_table(table, temporary)
 
 
+def read_table(path: pathlib.Path, columns: tuple[str, ...]) -> pyarrow.Table:
+    """Some columns of a Parquet file; raises UserError where that fails."""
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return file.read(list(columns)).select(columns)
+    except (OSError, KeyError, pyarrow.ArrowException) as e:
+        raise UserError(f"{path} is missing or damaged: {' '.join(str(e).split())}") from e
+
+
 def not_finite(rows: dict[str, np.ndarray]) -> list[str]:
     """Ids of the examples whose loss is infinite or no number."""
     return [i for i, nll in zip(rows["id"], rows["nll"], strict=True) if not math.isfinite(nll)]

@@ -21,6 +21,7 @@ import scipy
 
 from gemma_lora import rules
 from gemma_lora.errors import UserError, run_main
+from gemma_lora.evaluate import read_table
 from gemma_lora.files import replace_file, write_text
 
 # Every score is larger where an example is more suspicious. All but base_loss and length_z, which
@@ -68,15 +69,6 @@ class Ledger:
     el2n: np.ndarray
     token_max: np.ndarray
     label_p: np.ndarray
-
-
-def read_table(path: pathlib.Path, columns: tuple[str, ...]) -> pyarrow.Table:
-    """Some columns of a Parquet file; raises UserError where that fails."""
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            return file.read(list(columns)).select(columns)
-    except (OSError, KeyError, pyarrow.ArrowException) as e:
-        raise UserError(f"{path} is missing or damaged: {' '.join(str(e).split())}") from e
 
 
 def read_examples(workdir: pathlib.Path, split: str) -> list[dict[str, Any]]:
@@ -181,7 +173,7 @@ def scores_of(ledger: Ledger, folds: dict[str, np.ndarray] | None = None) -> dic
 
 def rank(score: np.ndarray) -> np.ndarray:
     """[n] in (0, 1]: the share of examples whose score is not larger; 0.5 where it is NaN."""
-    found = scipy.stats.rankdata(score, nan_policy="omit") / max(1, np.isfinite(score).sum())
+    found = scipy.stats.rankdata(score, nan_policy="omit") / max(1, (~np.isnan(score)).sum())
     return np.where(np.isnan(score), 0.5, found)
 
 

@@ -18,11 +18,10 @@ import string
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 
 from gemma_lora.config import flat
 from gemma_lora.errors import UserError, run_main
+from gemma_lora.evaluate import read_table
 from gemma_lora.files import replace_file, write_text
 from gemma_lora.stats import bootstrap, interval, mcnemar, spearman, trend, wilson
 
@@ -150,7 +149,7 @@ def read(workdir: pathlib.Path) -> Workdir:
     first = _eval(ledger / "eval_000000.parquet", None)
     evals = sorted((_eval(p, first) for p in ledger.glob("eval_*.parquet")), key=lambda e: e.step)
     path = ledger / "examples.parquet"
-    examples = _table(path, ("id", "split", "text")).to_pylist()
+    examples = read_table(path, ("id", "split", "text")).to_pylist()
     texts = {e["id"]: e["text"] for e in examples if e["split"] == "validation"}
     for missing in set(first.rows["validation"]["id"]) - texts.keys():
         raise UserError(f"{path}: no text of validation example {missing!r}")
@@ -171,17 +170,9 @@ def _records(path: pathlib.Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     return found
 
 
-def _table(path: pathlib.Path, columns: tuple[str, ...]) -> pyarrow.Table:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            return file.read().select(columns)
-    except (OSError, KeyError, pyarrow.ArrowException) as e:
-        raise UserError(f"{path} is missing or damaged: {' '.join(str(e).split())}") from e
-
-
 def _eval(path: pathlib.Path, first: Eval | None) -> Eval:
     names = ("id", "split", "tokens", "nll", "nll_max", "correct", "label", "label_p")
-    table = _table(path, names).sort_by("id")
+    table = read_table(path, names).sort_by("id")
     columns = {k: table[k].to_numpy() for k in names[:-1]}
     columns["label_p"] = np.array(table["label_p"].to_pylist(), float).reshape(len(table), -1)
     rows = {s: {k: v[columns["split"] == s] for k, v in columns.items()} for s in SPLITS}
