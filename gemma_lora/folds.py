@@ -30,7 +30,7 @@ from gemma_lora.lora import LoRAConfig
 from gemma_lora.loss import Sweep
 from gemma_lora.metrics import say
 from gemma_lora.optim import optimizer
-from gemma_lora.outliers import read_examples, read_table
+from gemma_lora.outliers import read_examples
 from gemma_lora.sharding import batch_sharding, make_mesh, replicated, to_global
 from gemma_lora.step import init_state, make_eval_step, make_train_step
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
@@ -108,7 +108,7 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
         if jax.process_index() == 0:
             _write(path, _scores(rows, held))
         say(f"   fold {k} of {folds}: {total} steps, {len(held.examples)} examples held out")
-    tables = [read_table(path, COLUMNS) for path in paths]
+    tables = [evaluate.read_table(path, COLUMNS) for path in paths]
     table = pyarrow.concat_tables(tables).sort_by("id")
     columns = {name: table[name].to_numpy() for name in COLUMNS}
     if columns["id"].tolist() != ids:

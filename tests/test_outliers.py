@@ -109,6 +109,11 @@ def test_scores_of_labels():
     assert got["combined"].tolist() == [0.5, 1.0, 0.5]
 
 
+def test_ranks_are_shares():
+    """An infinite score is the largest, no number none: the shares stay within (0, 1]."""
+    assert outliers.rank(np.array([1.0, np.inf, np.nan, 0.0])).tolist() == [2 / 3, 1, 0.5, 1 / 3]
+
+
 def test_forgetting_needs_evals_enough():
     p = np.full((7, 3, 0), 0.5)
     assert outliers.scores_of(made(p, [-1] * 3))["forgetting"] == pytest.approx([5 / 6] * 3)

@@ -79,7 +79,8 @@ def load_data(
         train_part, validation_part = split(
             found[0].examples, data.validation_fraction, config.seed
         )
-    excluded = _excluded(data.exclude, {e.id for f in found for e in f.examples})
+    known = {i for f in found for i in (*(e.id for e in f.examples), *f.dropped)}
+    excluded = _excluded(data.exclude, known)
     kept = [e for e in train_part if e.id not in excluded]
     left_out, train_part = len(train_part) - len(kept), kept
     if not train_part or not validation_part:
