@@ -5,6 +5,7 @@
 prints one JSON line and writes DIR/ledger/*.parquet. Without --adapter it evaluates the base model.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -33,6 +34,7 @@ from gemma_lora.metrics import finite, say
 from gemma_lora.model import no_wrap
 from gemma_lora.sharding import batch_sharding, check_rows, make_mesh, to_global, tree_shardings
 from gemma_lora.step import make_eval_step
+from gemma_lora.tokenizer import Tokenizer
 from gemma_lora.weights import peft
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
 
@@ -151,17 +153,22 @@ def write_ledger(path: pathlib.Path, parts: list[dict[str, np.ndarray]]) -> None
     _write_table(path, pyarrow.table(columns, schema=pyarrow.schema(list(COLUMNS.items()))))
 
 
-def write_examples(path: pathlib.Path, sets: dict[str, Dataset]) -> None:
+def write_examples(path: pathlib.Path, sets: dict[str, Dataset], tokenizer: Tokenizer) -> None:
     """What the ledger's ids stand for.
 
     id, split, text, completion: index of its first character; length: tokens, whether they carry
     loss or not; prompt_targets: how many of the tokens that carry loss lie before the completion;
-    label: as in the ledger.
+    label: as in the ledger; pieces: the text of each token that carries loss.
     """
+
+    @functools.cache
+    def piece(token: int) -> str:
+        return tokenizer.decode([token], skip_special=False)
+
     rows = [
         {"id": e.id, "split": split, "text": e.text, "completion": e.completion,
          "length": len(e.tokens), "prompt_targets": max(0, e.answer_from - e.loss_from),
-         "label": e.label}
+         "label": e.label, "pieces": [piece(int(t)) for t in e.tokens[e.loss_from :]]}
         for split, data in sets.items()
         for e in data.examples
     ]  # fmt: skip
@@ -207,7 +214,8 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     wrap, lora = peft.read(adapter, pretrained.arch) if adapter else (no_wrap, {})
     where = config.data.path or config.data.source
     rows = sources.read(config.data.source, config.data.path, config.data.limit)
-    found = tokenize(rows, pretrained.tokenizer(), config.data, where)
+    tokenizer = pretrained.tokenizer()
+    found = tokenize(rows, tokenizer, config.data, where)
     if not found.examples:
         raise UserError(f"{where}: no example has a token that carries loss within data.seq_len")
     check_vocabulary(found.examples, pretrained.arch.vocab)
@@ -226,7 +234,7 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     ledger = ledger_rows(step, lora, base, data, mesh, "eval", 0)
     if jax.process_index() == 0:
         write_ledger(out / "ledger" / "eval_000000.parquet", [ledger])
-        write_examples(out / "ledger" / "examples.parquet", {"eval": data})
+        write_examples(out / "ledger" / "examples.parquet", {"eval": data}, tokenizer)
     left_out = {"truncated": len(found.truncated), "dropped": len(found.dropped)}
     measured = {"data": where, "adapter": str(adapter) if adapter else None}
     return finite(metrics(ledger, config.data.batch_size) | left_out | measured)

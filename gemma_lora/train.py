@@ -308,7 +308,9 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
             if start is None:
                 sets = {"train": train_set, "validation": validation, "train_probe": probe}
                 if jax.process_index() == 0:
-                    evaluate.write_examples(workdir / "ledger" / "examples.parquet", sets)
+                    evaluate.write_examples(
+                        workdir / "ledger" / "examples.parquet", sets, tokenizer
+                    )
                 evaluate_now(0)
                 checkpoints.save(0, state, notes)
             save_run("running", step)
