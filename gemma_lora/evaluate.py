@@ -54,6 +54,10 @@ COLUMNS = {
     "token_nll": pyarrow.list_(pyarrow.float32()),
 }
 
+# The columns of a row of an example as a training step saw it: dropout on, before the update; of
+# the completion's tokens alone.
+SEEN = {k: COLUMNS[k] for k in ("id", "step", "tokens", "nll", "nll_max")}
+
 
 def ledger_rows(
     eval_step: Callable, lora: Any, base: Any, data: Dataset, mesh: Mesh, split: str, step: int
@@ -104,6 +108,27 @@ def ledger_rows(
         "label_p": scipy.special.softmax(label_logits, -1) if label_logits.size else label_logits,
         "token_nll": token_nll,
     }
+
+
+def seen_rows(
+    token_nll: jax.Array, owner: np.ndarray, data: Dataset, step: int
+) -> list[dict[str, Any]]:
+    """The rows SEEN of the examples of one training batch, from its token_nll, owner [B,C]."""
+    token_nll, owner = _gather((token_nll, owner))
+    whose, each = owner[owner >= 0], token_nll[owner >= 0].astype(np.float64)
+    order = np.argsort(whose, kind="stable")  # keeps the order of an example's tokens
+    members, first = np.unique(whose[order], return_index=True)
+    rows = []
+    for m, nll in zip(members, np.split(each[order], first[1:]), strict=True):
+        nll = completion_part(nll, data.examples[m].prompt_targets)
+        sums = {"tokens": len(nll), "nll": nll.sum(), "nll_max": nll.max()}
+        rows.append({"id": data.examples[m].id, "step": step, **sums})
+    return rows
+
+
+def completion_part(token_nll: np.ndarray, prompt_targets: int) -> np.ndarray:
+    """The losses of the completion's tokens; where the row was cut before them, of all."""
+    return token_nll[prompt_targets:] if prompt_targets < len(token_nll) else token_nll
 
 
 def part_of(rows: dict[str, np.ndarray], ids: set[str], split: str) -> dict[str, np.ndarray]:
@@ -167,12 +192,17 @@ def write_examples(path: pathlib.Path, sets: dict[str, Dataset], tokenizer: Toke
 
     rows = [
         {"id": e.id, "split": split, "text": e.text, "completion": e.completion,
-         "length": len(e.tokens), "prompt_targets": max(0, e.answer_from - e.loss_from),
+         "length": len(e.tokens), "prompt_targets": e.prompt_targets,
          "label": e.label, "pieces": [piece(int(t)) for t in e.tokens[e.loss_from :]]}
         for split, data in sets.items()
         for e in data.examples
     ]  # fmt: skip
     _write_table(path, pyarrow.Table.from_pylist(rows))
+
+
+def write_seen(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """rows: of `seen_rows`."""
+    _write_table(path, pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(list(SEEN.items()))))
 
 
 def _write_table(path: pathlib.Path, table: pyarrow.Table) -> None:
