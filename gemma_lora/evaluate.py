@@ -18,21 +18,21 @@ import pyarrow
 import pyarrow.parquet
 import scipy
 from absl import flags
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from gemma_lora import distributed
 from gemma_lora.compiled import keep_compiled
 from gemma_lora.config import parse_flags
 from gemma_lora.data import sources
 from gemma_lora.data.dataset import Dataset, shapes
 from gemma_lora.data.examples import check_vocabulary, tokenize
 from gemma_lora.data.pipeline import dataset
-from gemma_lora.errors import UserError, run_main
+from gemma_lora.errors import UserError
 from gemma_lora.files import replace_file
 from gemma_lora.loss import Sweep
 from gemma_lora.metrics import finite, say
 from gemma_lora.model import no_wrap
-from gemma_lora.sharding import batch_sharding, check_rows, make_mesh, to_global, tree_shardings
+from gemma_lora.sharding import check_rows, make_mesh, replicated, to_global, tree_shardings
 from gemma_lora.step import make_eval_step
 from gemma_lora.tokenizer import Tokenizer
 from gemma_lora.weights import peft
@@ -64,6 +64,8 @@ def ledger_rows(
 ) -> dict[str, np.ndarray]:
     """Runs the set once, dropout off -> one row per example, in the set's order, as columns.
 
+    eval_step gives every process the values of all rows.
+
     tokens: targets that carry loss; nll: their summed -log p; nll_max: the largest; correct: how
     many are the greedy choice; margin and el2n: means over the tokens. In classification, label:
     the index of the row's label word (else -1); label_p: the probabilities of all label words at
@@ -77,8 +79,8 @@ def ledger_rows(
     label_logits = np.full((n, len(data.label_tokens)), np.nan)
     for i in range(data.steps_per_epoch):
         batch = data.batch_at(i)
-        values = _gather(eval_step(lora, base, to_global(batch.arrays, mesh)))
-        owner, answer = _gather((batch.owner, batch.answer))
+        values = jax.device_get(eval_step(lora, base, to_global(batch.arrays, mesh)))
+        owner, answer = batch.owner, batch.answer
         mine = owner >= 0
         if data.label_tokens:
             label_logits[owner[answer]] = values.pop("label_logits")[answer]
@@ -114,8 +116,7 @@ def seen_rows(
     token_nll: jax.Array, owner: np.ndarray, data: Dataset, step: int
 ) -> list[dict[str, Any]]:
     """The rows SEEN of the examples of one training batch, from its token_nll, owner [B,C]."""
-    token_nll, owner = _gather((token_nll, owner))
-    whose, each = owner[owner >= 0], token_nll[owner >= 0].astype(np.float64)
+    whose, each = owner[owner >= 0], np.asarray(token_nll, np.float64)[owner >= 0]
     order = np.argsort(whose, kind="stable")  # keeps the order of an example's tokens
     members, first = np.unique(whose[order], return_index=True)
     rows = []
@@ -135,13 +136,6 @@ def part_of(rows: dict[str, np.ndarray], ids: set[str], split: str) -> dict[str,
     """The rows of some examples, under the name of another split."""
     chosen = np.array([i in ids for i in rows["id"]])
     return {k: v[chosen] for k, v in rows.items()} | {"split": np.array([split] * chosen.sum())}
-
-
-def _gather(tree: Any) -> Any:
-    """Host copies of all processes' rows."""
-    if jax.process_count() == 1:
-        return jax.tree.map(np.asarray, tree)
-    return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))
 
 
 def metrics(rows: dict[str, np.ndarray], batch_size: int) -> dict[str, float]:
@@ -239,7 +233,8 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
 
     adapter: a PEFT adapter directory; None: the base model.
     """
-    _claim(out)
+    if jax.process_index() == 0:
+        _claim(out)
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
     wrap, lora = peft.read(adapter, pretrained.arch) if adapter else (no_wrap, {})
     where = config.data.path or config.data.source
@@ -257,9 +252,10 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
         lora = jax.device_put(lora, tree_shardings(model.abstract()["lora"], mesh))
     rows = shapes(found.examples, config.data)
     data = dataset(found.examples, config, rows, found.label_tokens, shuffle=False)
+    distributed.agree("the data", data.fingerprint())
     step = jax.jit(
         make_eval_step(model, Sweep(**config.head), found.label_tokens),
-        out_shardings=batch_sharding(mesh),
+        out_shardings=replicated(mesh),
     )
     ledger = ledger_rows(step, lora, base, data, mesh, "eval", 0)
     if jax.process_index() == 0:
@@ -284,4 +280,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    distributed.run(main)

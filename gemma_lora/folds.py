@@ -4,7 +4,8 @@
 
 trains K adapters from the run's base model and config, one epoch each, every one without its part
 of the run's training examples, and writes DIR/folds/scores.parquet for gemma_lora.outliers.
-Folds that are done are kept: the same command continues.
+Folds that are done are kept: the same command continues. On several hosts each process gets it,
+with the flags of gemma_lora/distributed.py.
 """
 
 import argparse
@@ -19,12 +20,12 @@ import pyarrow
 import pyarrow.parquet
 from ml_collections import ConfigDict
 
-from gemma_lora import evaluate
+from gemma_lora import distributed, evaluate
 from gemma_lora.compiled import keep_compiled
 from gemma_lora.config import check
 from gemma_lora.data.dataset import Dataset
 from gemma_lora.data.pipeline import dataset, load_data
-from gemma_lora.errors import UserError, run_main
+from gemma_lora.errors import UserError
 from gemma_lora.evaluate import completion_part
 from gemma_lora.files import replace_file
 from gemma_lora.lora import LoRAConfig
@@ -32,7 +33,7 @@ from gemma_lora.loss import Sweep
 from gemma_lora.metrics import say
 from gemma_lora.optim import optimizer
 from gemma_lora.outliers import read_examples
-from gemma_lora.sharding import batch_sharding, make_mesh, replicated, to_global
+from gemma_lora.sharding import make_mesh, replicated, to_global
 from gemma_lora.step import init_state, make_eval_step, make_train_step
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
 
@@ -81,13 +82,15 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
         raise UserError(f"the data has changed since the run in {workdir}")
     made = parts(train_set, config, folds)
     paths = [workdir / "folds" / f"{k}_of_{folds}.parquet" for k in range(folds)]
+    distributed.agree("the data", train_set.fingerprint())
+    done = distributed.from_first([path.exists() for path in paths])
     base = None
     sweep = Sweep(**config.head)
     evaluating = jax.jit(
-        make_eval_step(model, sweep, train_set.label_tokens), out_shardings=batch_sharding(mesh)
+        make_eval_step(model, sweep, train_set.label_tokens), out_shardings=replicated(mesh)
     )
-    for k, ((fit, held), path) in enumerate(zip(made, paths, strict=True)):
-        if path.exists():
+    for k, ((fit, held), path, kept) in enumerate(zip(made, paths, done, strict=True)):
+        if kept:
             say(f"   fold {k} of {folds}: kept from {path}")
             continue
         if base is None:
@@ -109,6 +112,7 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
         if jax.process_index() == 0:
             _write(path, _scores(rows, held))
         say(f"   fold {k} of {folds}: {total} steps, {len(held.examples)} examples held out")
+    distributed.wait_for_all()  # process 0 has written
     tables = [evaluate.read_table(path, COLUMNS) for path in paths]
     table = pyarrow.concat_tables(tables).sort_by("id")
     columns = {name: table[name].to_numpy() for name in COLUMNS}
@@ -116,6 +120,7 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
         raise UserError(f"{workdir / 'folds'} holds folds of other examples; remove it")
     if jax.process_index() == 0:
         _write(workdir / "folds" / "scores.parquet", columns)
+    distributed.wait_for_all()
     return columns
 
 
@@ -163,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    distributed.run(main)

@@ -118,9 +118,29 @@ def check_rows(batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def rows_here(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a batch that devices of this process hold, ascending.
+
+    Not every mesh gives a process neighbouring rows, and where tensor spans processes, several of
+    them hold the same rows.
+    """
+    parts = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in parts]))
+
+
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of each array -> global arrays with the rows of all processes."""
-    return {
-        k: jax.make_array_from_process_local_data(batch_sharding(mesh, v.ndim), v)
-        for k, v in batch.items()
-    }
+    """Arrays of `rows_here` -> global arrays with the rows of all processes."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = rows_here(ways, mesh)  # of equal parts of the rows, as many as there are ways
+
+    def one(x: np.ndarray) -> jax.Array:
+        each = len(x) // len(parts)
+
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            at = np.searchsorted(parts, (index[0].start or 0) // each) * each
+            return x[at : at + each]
+
+        shape = (each * ways, *x.shape[1:])
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, x.ndim), piece)
+
+    return {k: one(x) for k, x in batch.items()}

@@ -2,7 +2,8 @@
 
     python -m gemma_lora.train --config configs/x.py --workdir DIR [--config.key=value ...]
 
-The same command continues a run that was interrupted.
+The same command continues a run that was interrupted, also on another number of devices. On
+several hosts each process gets it, with the flags of gemma_lora/distributed.py.
 """
 
 import importlib.metadata
@@ -18,13 +19,13 @@ import numpy as np
 from absl import flags
 
 from gemma_lora import config as configs
-from gemma_lora import evaluate, report
+from gemma_lora import distributed, evaluate, report
 from gemma_lora.attention import choose
 from gemma_lora.checkpoint import Checkpoints
 from gemma_lora.compiled import Compiled, keep_compiled
 from gemma_lora.data.dataset import Batch, Dataset
 from gemma_lora.data.pipeline import describe, in_steps, load_data, unshuffled
-from gemma_lora.errors import UserError, run_main
+from gemma_lora.errors import UserError
 from gemma_lora.files import write_text
 from gemma_lora.interrupt import Interrupt
 from gemma_lora.lora import LoRAConfig, check_targets, count, from_base, on_original_base
@@ -44,13 +45,7 @@ from gemma_lora.metrics import (
     say,
 )
 from gemma_lora.optim import optimizer, schedule
-from gemma_lora.sharding import (
-    batch_sharding,
-    check_rows,
-    make_mesh,
-    replicated,
-    to_global,
-)
+from gemma_lora.sharding import check_rows, make_mesh, replicated, to_global
 from gemma_lora.step import init_state, make_eval_step, make_train_step
 from gemma_lora.weights import peft
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
@@ -149,7 +144,8 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         "tokens": 0,
         "loss_tokens": 0,
     }
-    start = checkpoints.latest() if begun else None
+    distributed.agree("the data", notes["data"])
+    start = distributed.from_first(checkpoints.latest() if begun else None)
     if start is not None:
         state, old = checkpoints.restore(start, state)
         if old["data"] != notes["data"]:
@@ -168,7 +164,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         train_step = Compiled(train_step, (state, base), (train_set,), mesh)
         eval_step = jax.jit(
             make_eval_step(model, sweep, train_set.label_tokens),
-            out_shardings=batch_sharding(mesh),
+            out_shardings=replicated(mesh),
         )
         eval_step = Compiled(eval_step, (state.lora, base), (validation, probe, *whole), mesh)
     # Of the longest rows, the largest.
@@ -311,6 +307,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         )  # fmt: skip
 
     with Interrupt() as interrupt:
+        stop = distributed.Vote(mesh)
         step = start or 0
         status = "finished"
         in_flight: tuple | None = None
@@ -336,9 +333,11 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
                 # The device works on this step while the host reports the one before.
                 if in_flight is not None:
                     log(*in_flight)
-                in_flight = (step, sums, int(np.sum(batch.arrays["segments"] > 0)), batch.owner)
+                in_flight = (step, sums, batch.filled, batch.owner)
                 evaluating = step % every == 0 or step == total or at_ledger(step)
-                if interrupt.asked or evaluating or step % config.train.save_every == 0:
+                # Asked once: a signal must not end the run at a step that was not saved.
+                stopping = stop(interrupt.asked)
+                if stopping or evaluating or step % config.train.save_every == 0:
                     log(*in_flight)
                     in_flight = None
                     if evaluating:
@@ -346,8 +345,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
                     save_all(step)
                     save_run("running", step)
                     timer.lap()
-                    # Only here: a signal must not end the run at a step that was not saved.
-                    if interrupt.asked:
+                    if stopping:
                         status = "interrupted"
                         break
             else:
@@ -363,6 +361,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
     # ---- what is left behind --------------------------------------------------------------------
     if status == "interrupted":
         say(f"\ninterrupted after step {step}; the same command continues from there")
+        distributed.wait_for_all()
         raise SystemExit(130)
     best = notes["best_step"]
     if best is not None:
@@ -376,6 +375,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
             base_name, inner = pretrained.base_name, pretrained.inner
             peft.export(workdir / "adapter", lora, exported, arch, base_name, inner)
     written = report.write(workdir) if jax.process_index() == 0 else {}
+    distributed.wait_for_all()
     if status == "nan":
         ids = run["nan"]["ids"]
         more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
@@ -427,4 +427,4 @@ class _NotFiniteError(Exception):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    distributed.run(main)

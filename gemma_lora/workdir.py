@@ -7,8 +7,12 @@ report.json, report.md, learning_curve.png, tensorboard/.
 import json
 import pathlib
 import shutil
+import uuid
 from typing import Any
 
+import jax
+
+from gemma_lora import distributed
 from gemma_lora.config import differences
 from gemma_lora.errors import UserError
 from gemma_lora.files import write_text
@@ -17,20 +21,46 @@ from gemma_lora.files import write_text
 def claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> bool:
     """Makes the workdir this run's, before anything expensive; True if the run was begun before.
 
-    A start that failed before its first checkpoint leaves config.json alone, which does not bind.
-    Raises UserError when it belongs to another run (naming the keys that differ), is not a
-    directory, cannot be written, or has less free space than `need_bytes`.
+    A start that failed before its first checkpoint leaves config.json alone, which does not bind;
+    nor does the mesh, so that a run can go on with other devices. Raises UserError when it belongs
+    to another run (naming the keys that differ), is not a directory, cannot be written, or has less
+    free space than `need_bytes`; on several processes also where they have not all the same config,
+    or where one of them sees another directory than process 0.
     """
+    distributed.agree("the config", json.dumps(config, sort_keys=True))
+    begun = _claim(workdir, config, need_bytes) if jax.process_index() == 0 else False
+    if distributed.several():
+        _check_shared(workdir)
+    return distributed.from_first(begun)
+
+
+def _check_shared(workdir: pathlib.Path) -> None:
+    mark = workdir / distributed.from_first(f".{uuid.uuid4().hex}")
+    if jax.process_index() == 0:
+        mark.touch()
+    distributed.wait_for_all()
+    if not mark.exists():
+        raise UserError(
+            f"workdir {workdir} of process {jax.process_index()} is not that of process 0: "
+            "expected a directory on a file system that all hosts share"
+        )
+    distributed.wait_for_all()
+    if jax.process_index() == 0:
+        mark.unlink()
+
+
+def _claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> bool:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir {workdir} is a file, expected a directory or a new name")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = workdir / "config.json"
-        # Hidden files are no run: another process of this run may be writing config.json.
+        # Hidden files are no run: a write that was cut off leaves one.
         begun = any(p != file and not p.name.startswith(".") for p in workdir.iterdir())
         if begun and not file.exists():
             raise UserError(f"workdir {workdir} is not empty and holds no run; give another one")
-        if begun and (differ := differences(config, _read(file))):
+        theirs = _read(file) | {"mesh": config["mesh"]} if begun else {}
+        if begun and (differ := differences(config, theirs)):
             raise UserError(
                 f"workdir {workdir} belongs to a run with another config: "
                 f"{'; '.join(differ)}. Give another --workdir, or the same config"

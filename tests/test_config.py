@@ -294,7 +294,7 @@ def test_a_foreign_directory_is_left_alone(tmp_path):
 
 
 def test_hidden_files_are_no_run(tmp_path):
-    (tmp_path / ".config.json.abc").touch()  # another process of the same run is writing
+    (tmp_path / ".config.json.abc").touch()  # a write that was cut off
     assert workdir.claim(tmp_path, PLAIN, 1) is False
 
 

@@ -15,26 +15,28 @@ import numpy as np
 
 from gemma_lora.data.examples import Example
 from gemma_lora.data.packing import pack
-from gemma_lora.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """Arrays for the step, and which example each loss position belongs to.
 
-    tokens, segments, positions [B,T]; loss_pos (index into T of the predicting position), targets
-    and loss_mask [B,C]; owner [B,C] is the example's index in the data set, -1 where masked;
-    answer [B,C] is True at the target that begins its example's completion.
+    The arrays hold this process's rows alone: tokens, segments, positions [B,T]; loss_pos (index
+    into T of the predicting position), targets and loss_mask [B,C]. The others are of all rows:
+    owner [B,C] is the example's index in the data set, -1 where masked; answer [B,C] is True at the
+    target that begins its example's completion; filled counts the positions that hold a token.
     """
 
     arrays: dict[str, np.ndarray]
     owner: np.ndarray
     answer: np.ndarray
+    filled: int
 
 
 class Dataset:
-    """Examples in batches [B,T] of this process's rows; every epoch sees each example once.
+    """Examples in batches [B,T]; every epoch sees each example once.
 
+    rows_here: the rows of each batch whose arrays this process makes, ascending; None: all.
     shapes: T -> C for each length that rows may have. A batch is as long as its longest row needs;
     examples meet in batches those of their own length, and what is left of a length over full
     batches goes along with the next longer one. The last batch of an epoch is filled with empty
@@ -52,21 +54,20 @@ class Dataset:
         seed: int,
         shuffle: bool,
         label_tokens: tuple[int, ...] = (),
-        process: tuple[int, int] = (0, 1),
+        rows_here: np.ndarray | None = None,
     ):
-        index, count = process
-        if batch_size % count:
-            raise UserError(f"data.batch_size {batch_size} is not a multiple of {count} processes")
         self.examples = examples
         self.label_tokens = label_tokens
         self.shapes, self.batch_size = shapes, batch_size
         self._pack, self._shuffle, self._seed = pack, shuffle, seed
-        self._mine = slice(index * batch_size // count, (index + 1) * batch_size // count)
+        self._here = range(batch_size) if rows_here is None else rows_here.tolist()
         order = grain.MapDataset.range(len(examples)).seed(seed)
         self._order = order.shuffle().repeat() if shuffle else order
         self._sizes = sorted(shapes)
         self._lengths = [len(e.tokens) for e in examples]
         self._loads = [e.load for e in examples]
+        # Of the targets with loss, the one that begins the completion; below 0: none does.
+        self._answers = [e.answer_from - e.loss_from if e.answer_from > 0 else -1 for e in examples]
         # Packing 10,000 examples costs half a second; the plan is a function of the epoch alone.
         self.plan = functools.lru_cache(maxsize=2)(self._plan)
         self.steps_per_epoch = self._steps_per_epoch()
@@ -122,13 +123,20 @@ class Dataset:
         """The batch of a step, from (seed, step) alone."""
         rows = self._rows(step)
         size = self._size(rows)
-        rows = [*rows, *[[]] * (self.batch_size - len(rows))][self._mine]
-        shape, wide = (len(rows), size), (len(rows), self.shapes[size])
+        rows = [*rows, *[[]] * (self.batch_size - len(rows))]
+        owner = np.full((len(rows), self.shapes[size]), -1, np.int32)
+        answer = np.zeros(owner.shape, bool)
+        for r, members in enumerate(rows):
+            slot = 0
+            for m in members:
+                owner[r, slot : slot + self._loads[m]] = m
+                if self._answers[m] >= 0:
+                    answer[r, slot + self._answers[m]] = True
+                slot += self._loads[m]
+        shape, wide = (len(self._here), size), (len(self._here), self.shapes[size])
         tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
         loss_pos, targets = (np.zeros(wide, np.int32) for _ in range(2))
-        owner = np.full(wide, -1, np.int32)
-        answer = np.zeros(wide, bool)
-        for r, members in enumerate(rows):
+        for r, members in enumerate(rows[i] for i in self._here):
             at = slot = 0
             for number, m in enumerate(members, 1):
                 e, n, load = self.examples[m], self._lengths[m], self._loads[m]
@@ -137,9 +145,6 @@ class Dataset:
                 positions[r, at : at + n] = np.arange(n)
                 loss_pos[r, slot : slot + load] = np.arange(at + e.loss_from, at + n) - 1
                 targets[r, slot : slot + load] = e.tokens[e.loss_from :]
-                owner[r, slot : slot + load] = m
-                if e.answer_from > 0:  # else the completion was cut off whole
-                    answer[r, slot + e.answer_from - e.loss_from] = True
                 at, slot = at + n, slot + load
         arrays = {
             "tokens": tokens,
@@ -147,9 +152,9 @@ class Dataset:
             "positions": positions,
             "loss_pos": loss_pos,
             "targets": targets,
-            "loss_mask": (owner >= 0).astype(np.float32),
+            "loss_mask": (owner[self._here] >= 0).astype(np.float32),
         }
-        return Batch(arrays, owner, answer)
+        return Batch(arrays, owner, answer, sum(self._lengths[m] for row in rows for m in row))
 
     def batches(self, start: int, stop: int) -> grain.IterDataset:
         """Batches start..stop-1, made ahead in the background."""

@@ -16,6 +16,7 @@ from gemma_lora.data.examples import (
     tokenize,
 )
 from gemma_lora.errors import UserError, nearest
+from gemma_lora.sharding import make_mesh, rows_here
 from gemma_lora.tokenizer import Tokenizer
 
 
@@ -37,7 +38,9 @@ def dataset(
         seed=config.seed,
         shuffle=shuffle,
         label_tokens=label_tokens,
-        process=(jax.process_index(), jax.process_count()),
+        rows_here=rows_here(config.data.batch_size, make_mesh(config.mesh))
+        if jax.process_count() > 1
+        else None,
     )
 
 

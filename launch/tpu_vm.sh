@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# A run on a Cloud TPU slice of one or many hosts.
+#   bash launch/tpu_vm.sh VERB --name NAME --zone ZONE [--project P] [--dry-run] ...
+#   create  --type v5litepod-16 --runtime v2-alpha-tpuv5-lite [--spot]   ask for it, wait for it
+#   install [--nfs IP:/SHARE]        copy the committed files to every host and install them;
+#                                    mount the share at ~/share
+#   run     -- --config C --workdir DIR ...    start gemma_lora.train on every host
+#   logs    [--worker I]             follow what it prints, until it ends; exits as it did
+#   resume  everything of create, install and run: where the slice was preempted, make it anew;
+#           then run. The same arguments continue the run.
+#   delete                           give the slice back
+# On several hosts, and after a preemption, the workdir must be on a share that outlives them.
+# --dry-run prints the commands instead.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+verbs="create install run logs resume delete"
+dry_run="" name="" zone="" project="" type="" runtime="" spot="" nfs="" worker=0 value="" used=1
+# shellcheck source=launch/common.sh
+. launch/common.sh
+
+case ${1:-} in
+  -h | --help) usage; exit 0 ;;
+  '') die "no verb, expected one of: $verbs (--help explains)" ;;
+esac
+verb=$1
+shift
+case " $verbs " in *" $verb "*) ;; *) die "unknown verb '$verb', expected one of: $verbs" ;; esac
+while [ $# -gt 0 ]; do
+  used=1
+  case $1 in
+    --dry-run) dry_run=1 ;;
+    --spot) spot=1 ;;
+    --name | --name=*) take "$@"; name=$value ;;
+    --zone | --zone=*) take "$@"; zone=$value ;;
+    --project | --project=*) take "$@"; project=$value ;;
+    --type | --type=*) take "$@"; type=$value ;;
+    --runtime | --runtime=*) take "$@"; runtime=$value ;;
+    --nfs | --nfs=*) take "$@"; nfs=$value ;;
+    --worker | --worker=*) take "$@"; worker=$value ;;
+    -h | --help) usage; exit 0 ;;
+    --) shift; break ;;
+    *) die "unknown flag '$1' of $verb; what the training gets comes after --" ;;
+  esac
+  shift "$used"
+done
+need name zone
+case $verb in create | resume) need type runtime ;; esac
+case $verb in
+  run | resume) [ $# -gt 0 ] || die "$verb needs the training's flags after --, such as -- --config C --workdir DIR" ;;
+  *) [ $# -eq 0 ] || die "$verb takes nothing after --" ;;
+esac
+where=(--zone="$zone")
+if [ -n "$project" ]; then where+=(--project="$project"); fi
+
+resource() { # VERB FLAGS...
+  local what=$1
+  shift
+  call gcloud compute tpus queued-resources "$what" "$name" "${where[@]}" "$@"
+}
+
+on() { # WORKER COMMAND
+  call gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker="$1" --command="$2"
+}
+
+# The state of the slice; NONE where nothing has its name.
+state() { resource describe '--format=value(state.state)' || echo NONE; }
+
+create() {
+  local now
+  resource create --node-id="$name" --accelerator-type="$type" --runtime-version="$runtime" \
+    ${spot:+--spot}
+  if [ -n "$dry_run" ]; then
+    state
+    return
+  fi
+  while now=$(state) && [ "$now" != ACTIVE ]; do
+    case $now in
+      FAILED | SUSPENDED | SUSPENDING | NONE) die "the slice $name is $now, expected ACTIVE" ;;
+    esac
+    echo "   $name: $now" >&2
+    sleep "${TPU_VM_POLL:-30}"
+  done
+}
+
+install() {
+  pack
+  call gcloud compute tpus tpu-vm scp "$archive" "$name:gemma_lora.tar.gz" "${where[@]}" \
+    --worker=all
+  # The images hold Python 3.10.
+  local python="command -v python3.13 python3.12 python3.11 >/dev/null || { sudo apt-get -qq update && sudo apt-get -qq install -y python3.11-venv; }"
+  on all "{ $python; } && $(unpacked gemma_lora tpu)"
+  if [ -n "$nfs" ]; then
+    on all "sudo apt-get -qq install -y nfs-common && mkdir -p share && { mountpoint -q share || sudo mount -t nfs $(quoted "$nfs") share; }"
+  fi
+}
+
+# Started in a session of its own, so that it outlives the connection.
+run() {
+  local train
+  train="$(quoted .venv/bin/python -m gemma_lora.train --coordinator auto "$@")"
+  local free="if kill -0 \"\$(cat run.pid 2>/dev/null)\" 2>/dev/null; then echo 'error: a run is under way' >&2; exit 2; fi"
+  on all "cd gemma_lora && $free; rm -f run.status; setsid nohup bash -c $(quoted "$train; echo \$? >run.status") >run.log 2>&1 </dev/null & echo \$! >run.pid"
+}
+
+logs() {
+  on "$worker" "cd gemma_lora && tail -n +1 --pid=\"\$(cat run.pid)\" -F run.log; exit \"\$(cat run.status)\""
+}
+
+resume() {
+  local now
+  now=$(state)
+  if [ -n "$dry_run" ]; then echo "$now"; fi
+  if [ "$now" != ACTIVE ]; then
+    if [ "$now" != NONE ]; then delete; fi
+    create
+    install
+  fi
+  run "$@"
+}
+
+delete() { resource delete --force --quiet; }
+
+"$verb" "$@"

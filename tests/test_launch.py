@@ -1,0 +1,252 @@
+"""The launch scripts against stubs that record how they were called."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+STUB = f"""#!{sys.executable}
+import json, os, pathlib, sys
+name = pathlib.Path(sys.argv[0]).name
+with open(os.environ["CALLS"], "a") as f:
+    f.write(json.dumps([name, *sys.argv[1:]]) + "\\n")
+if "describe" in sys.argv:  # the next of the states
+    states = pathlib.Path(os.environ["STATES"])
+    first, *rest = states.read_text().split()
+    states.write_text(" ".join(rest or [first]))
+    if first == "absent":
+        sys.exit("not found")
+    print(first)
+sys.exit(int(os.environ.get("STATUS", 0)))
+"""
+SLICE = ["--name", "s", "--zone=z"]
+KIND = ["--type", "v5litepod-16", "--runtime", "v2"]
+# What a shell could get wrong.
+HARD = ["--config", "my config.py", '--config.data.template=It\'s "$HOME" `x` \\ {q}\n', ""]
+TRAIN = [".venv/bin/python", "-m", "gemma_lora.train"]
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    """launch(script, *arguments, states=...) -> (process, calls: the argv of each stub)."""
+    for name in ("gcloud", "ssh", "scp", "sbatch", "git"):
+        (tmp_path / name).write_text(STUB)
+        (tmp_path / name).chmod(0o755)
+    calls, states = tmp_path / "calls", tmp_path / "states"
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for name, value in (("CALLS", calls), ("STATES", states), ("TMPDIR", tmp_path)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TPU_VM_POLL", "0")
+
+    def run(script, *arguments, after="ACTIVE"):
+        calls.write_text("")
+        states.write_text(after)
+        line = ["bash", str(LAUNCH / script), *arguments]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        return done, [json.loads(x) for x in calls.read_text().splitlines()]
+
+    return run
+
+
+def verbs(calls) -> list[str]:
+    """'describe', 'create', 'ssh', ... of each call of gcloud, and the names of the others."""
+    return [c[4] if c[0] == "gcloud" else c[0] for c in calls]
+
+
+def in_a_shell(command: str, directory: Path) -> list[str]:
+    """What the training gets from a command that a host runs; its Python is a stub there."""
+    home = directory / "gemma_lora"
+    (home / ".venv" / "bin").mkdir(parents=True)
+    python = home / ".venv" / "bin" / "python"
+    python.write_text(STUB)
+    python.chmod(0o755)
+    seen = directory / "seen"
+    environment = os.environ | {"CALLS": str(seen), "STATUS": "7"}
+    done = subprocess.run(["bash", "-c", command], cwd=directory, env=environment, timeout=60)
+    follow = 'cd gemma_lora; tail --pid="$(cat run.pid)" -f /dev/null'
+    subprocess.run(["bash", "-c", follow], cwd=directory, timeout=60, check=False)
+    assert done.returncode in (0, 7)
+    [line] = seen.read_text().splitlines()
+    return json.loads(line)[1:]
+
+
+def test_create_waits(launch):
+    done, calls = launch(
+        "tpu_vm.sh", "create", *SLICE, *KIND, "--spot", "--project=p",
+        after="WAITING_FOR_RESOURCES PROVISIONING ACTIVE",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    queued = ["gcloud", "compute", "tpus", "queued-resources"]
+    where = ["s", "--zone=z", "--project=p"]
+    assert calls[0] == [
+        *queued, "create", *where, "--node-id=s", "--accelerator-type=v5litepod-16",
+        "--runtime-version=v2", "--spot",
+    ]  # fmt: skip
+    assert calls[1:] == [[*queued, "describe", *where, "--format=value(state.state)"]] * 3
+    done, calls = launch("tpu_vm.sh", "create", *SLICE, *KIND, after="PROVISIONING FAILED")
+    assert done.returncode == 2 and "--spot" not in calls[0]
+    assert done.stderr.splitlines()[-1] == "error: the slice s is FAILED, expected ACTIVE"
+
+
+def test_install_puts_the_tree_on_every_host(launch):
+    done, calls = launch("tpu_vm.sh", "install", *SLICE, "--nfs", "10.0.0.2:/a b")
+    assert done.returncode == 0 and verbs(calls) == ["git", "scp", "ssh", "ssh"], done.stderr
+    archive = calls[0][3].removeprefix("--output=")
+    assert calls[1][5:] == [archive, "s:gemma_lora.tar.gz", "--zone=z", "--worker=all"]
+    assert all("--worker=all" in c for c in calls[1:])
+    assert calls[2][-1].endswith("cd gemma_lora && bash launch/setup.sh .venv tpu")
+    assert "mount -t nfs '10.0.0.2:/a b' share" in calls[3][-1]
+
+
+def test_run_on_every_host(launch, tmp_path):
+    done, [call] = launch("tpu_vm.sh", "run", *SLICE, "--", *HARD)
+    assert done.returncode == 0, done.stderr
+    assert call[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "s"]
+    assert call[7] == "--worker=all"
+    command = call[-1].removeprefix("--command=")
+    assert in_a_shell(command, tmp_path) == [*TRAIN[1:], "--coordinator", "auto", *HARD]
+    assert (tmp_path / "gemma_lora" / "run.status").read_text() == "7\n"
+    (tmp_path / "gemma_lora" / "run.pid").write_text(str(os.getpid()))
+    again = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 2 and again.stderr == "error: a run is under way\n"
+
+
+def test_logs_end_as_the_run_did(launch, tmp_path):
+    done, [call] = launch("tpu_vm.sh", "logs", *SLICE, "--worker", "3")
+    assert done.returncode == 0 and call[-2] == "--worker=3"
+    home = tmp_path / "gemma_lora"
+    home.mkdir()
+    for name, text in (("run.log", "step 1\n"), ("run.status", "75\n"), ("run.pid", "999999999")):
+        (home / name).write_text(text)
+    command = call[-1].removeprefix("--command=")
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (75, "step 1\n")
+
+
+@pytest.mark.parametrize(
+    "states,expected",
+    [
+        ("ACTIVE", ["describe", "ssh"]),
+        (
+            "SUSPENDED ACTIVE",
+            ["describe", "delete", "create", "describe", "git", "scp", "ssh", "ssh"],
+        ),
+        ("absent ACTIVE", ["describe", "create", "describe", "git", "scp", "ssh", "ssh"]),
+    ],
+)
+def test_resume_makes_anew_what_was_preempted(states, expected, launch):
+    done, calls = launch("tpu_vm.sh", "resume", *SLICE, *KIND, "--", *HARD, after=states)
+    assert done.returncode == 0 and verbs(calls) == expected, done.stderr
+    assert "gemma_lora.train" in calls[-1][-1]
+
+
+def test_delete(launch):
+    done, [call] = launch("tpu_vm.sh", "delete", *SLICE)
+    assert done.returncode == 0
+    assert call[4:] == ["delete", "s", "--zone=z", "--force", "--quiet"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["tpu_vm.sh", "create", *SLICE, *KIND],
+        ["tpu_vm.sh", "install", *SLICE],
+        ["tpu_vm.sh", "run", *SLICE, "--", *HARD],
+        ["tpu_vm.sh", "logs", *SLICE],
+        ["tpu_vm.sh", "resume", *SLICE, *KIND, "--", *HARD],
+        ["tpu_vm.sh", "delete", *SLICE],
+        ["gpu.sh", "install", "--hosts", "a,b"],
+        ["gpu.sh", "run", "--hosts", "a,b", "--", *HARD],
+        ["gpu.sh", "slurm", "--nodes", "2", "--gpus", "8", "--", *HARD],
+    ],
+    ids=lambda line: f"{line[0]} {line[1]}",
+)
+def test_dry_run_prints_what_would_be_called(line, launch):
+    done, calls = launch(line[0], line[1], "--dry-run", *line[2:])
+    assert done.returncode == 0 and calls == [] and done.stderr == ""
+    words = shlex.split(done.stdout)
+    real, calls = launch(*line, after="SUSPENDED ACTIVE" if "resume" in line else "ACTIVE")
+    assert real.returncode == 0
+    called = sorted(word for call in calls for word in call)  # hosts answer in any order
+    assert sorted(words) == called
+
+
+def test_gpus_of_several_hosts(launch, tmp_path):
+    done, calls = launch("gpu.sh", "run", "--hosts", "me@a,b", "--port=99", "--", *HARD)
+    assert done.returncode == 0, done.stderr
+    calls.sort(key=lambda call: call[1], reverse=True)
+    assert [c[:2] for c in calls] == [["ssh", "me@a"], ["ssh", "b"]]
+    for i, (_, host, command) in enumerate(calls):
+        place = ["--coordinator", "a:99", "--processes", "2", "--process", str(i)]
+        (tmp_path / host).mkdir()
+        assert in_a_shell(command, tmp_path / host) == [*TRAIN[1:], *place, *HARD]
+
+
+def test_a_host_that_fails_is_named(launch, monkeypatch):
+    monkeypatch.setenv("STATUS", "75")
+    done, _ = launch("gpu.sh", "run", "--hosts", "a,b", "--", *HARD)
+    assert done.returncode == 75
+    assert "error: a ended with status 75\nerror: b ended with status 75" in done.stderr
+
+
+def test_slurm_job(launch):
+    flags = ["--nodes", "2", "--gpus", "8", "--time", "1:00:00", "--partition=gpu"]
+    done, [call] = launch("gpu.sh", "slurm", *flags, "--", *HARD)
+    assert done.returncode == 0, done.stderr
+    assert {
+        "--nodes=2", "--ntasks-per-node=8", "--gres=gpu:8", "--time=1:00:00", "--partition=gpu",
+        "--signal=TERM@120",
+    } <= set(call)  # fmt: skip
+    command = shlex.split(call[-1].removeprefix("--wrap="))
+    assert command[:3] == ["exec", "srun", "--kill-on-bad-exit=1"]
+    assert command[3:] == [*TRAIN, "--coordinator", "auto", *HARD]
+
+
+@pytest.mark.parametrize(
+    "line,message",
+    [
+        (["tpu_vm.sh"], "no verb, expected one of: create install"),
+        (["tpu_vm.sh", "crate", *SLICE], "unknown verb 'crate', expected one of: create"),
+        (["tpu_vm.sh", "delete", "--name", "s"], "delete needs --zone"),
+        (["tpu_vm.sh", "delete", "--zone", "z"], "delete needs --name"),
+        (["tpu_vm.sh", "delete", "--zone", "z", "--name"], "--name needs a value"),
+        (["tpu_vm.sh", "delete", "--zone", "z", "--name="], "--name needs a value"),
+        (["tpu_vm.sh", "create", *SLICE, "--type", "v5litepod-8"], "create needs --runtime"),
+        (["tpu_vm.sh", "resume", *SLICE, "--", "x"], "resume needs --type"),
+        (["tpu_vm.sh", "run", *SLICE], "run needs the training's flags after --"),
+        (["tpu_vm.sh", "delete", *SLICE, "--", "x"], "delete takes nothing after --"),
+        (["tpu_vm.sh", "run", *SLICE, "--config", "x"], "unknown flag '--config' of run"),
+        (["gpu.sh", "run"], "run needs the training's flags after --"),
+        (["gpu.sh", "slurm", "--nodes", "2", "--", "x"], "slurm needs --gpus"),
+        (["gpu.sh", "slurm", "--nodes=two", "--gpus=8", "--", "x"], "'two' is no positive number"),
+        (["gpu.sh", "run", "--hosts", "a,,b", "--", "x"], "--hosts is 'a,,b'"),
+        (["gpu.sh", "run", "--host", "a", "--", "x"], "unknown flag '--host' of run"),
+    ],
+)
+def test_bad_calls(line, message, launch):
+    done, calls = launch(*line)
+    assert done.returncode == 2 and calls == [] and done.stdout == ""
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "gpu.sh"])
+def test_help_is_the_header(script, launch):
+    done, _ = launch(script, "--help")
+    assert done.returncode == 0 and f"bash launch/{script} VERB" in done.stdout
+    assert "#" not in done.stdout and "set -euo" not in done.stdout
+
+
+def test_shellcheck():
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    scripts = sorted(map(str, LAUNCH.glob("*.sh")))
+    done = subprocess.run(
+        ["shellcheck", "-x", *scripts], cwd=LAUNCH.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
