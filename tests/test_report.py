@@ -42,7 +42,16 @@ def table(split: str, step: int, tokens, nll, correct=None) -> dict[str, np.ndar
         "el2n": np.zeros(n),
         "label": np.full(n, -1),
         "label_p": np.zeros((n, 0)),
+        "token_nll": lists(np.full(k, x / k, np.float32) for k, x in zip(tokens, nll, strict=True)),
     }
+
+
+def lists(rows) -> np.ndarray:
+    """One array of objects of any number of arrays."""
+    rows = list(rows)
+    out = np.empty(len(rows), object)
+    out[:] = rows
+    return out
 
 
 def put_eval(workdir: pathlib.Path, step: int, parts: list[dict]) -> None:
@@ -68,13 +77,14 @@ def put_rest(workdir, texts, evals, train, status="finished", schedule="linear",
         "base_parameters": 268098176, "adapted_modules": 126,
         "examples": {"train": 540, "validation": N, "train_probe": N, "truncated": 3, "dropped": 1},
         "steps_planned": STEPS, "steps_per_epoch": 20, "steps": len(train), "tokens": 98765,
-        "loss_tokens": 43210, "seconds": 321.5, "phases": {"compile": 12.25}, "nan": None,
+        "loss_tokens": 43210, "seconds": 321.5, "phases": {"steps": 4.0 * len(train)}, "nan": None,
         "devices": "1 x cpu", "versions": {"jax": "0.7"}, "data_fingerprint": "ab12",
-        "best_step": 0, "best_loss": 0.0,
+        "best_step": 0, "best_loss": 0.0, "peak_memory": {"host": 3 * 2**30, "device": 2**30},
     }  # fmt: skip
     (workdir / "run.json").write_text(json.dumps(record | run))
     pairs = enumerate(train, 1)
-    lines = [{"kind": "train", "step": i, "loss": loss, "lr": lr} for i, (loss, lr) in pairs]
+    took = {"grad_norm": 0.5, "tokens": 1600, "step_seconds": 4.0}
+    lines = [{"kind": "train", "step": i, "loss": x, "lr": lr} | took for i, (x, lr) in pairs]
     for step in evals:
         names = ("eval_loss", "eval_mean_token_accuracy")
         keys = [f"{s}/trl_compat/{n}" for s in report.SPLITS for n in names]
@@ -86,6 +96,8 @@ def put_rest(workdir, texts, evals, train, status="finished", schedule="linear",
         "split": ["validation"] * len(texts) + ["train"],
         "text": [*texts, "a text of the training set"],
         "completion": [0] * (len(texts) + 1),
+        "length": [50] * (len(texts) + 1),
+        "prompt_targets": [0] * (len(texts) + 1),
     }
     path = workdir / "ledger" / "examples.parquet"
     pyarrow.parquet.write_table(pyarrow.table(examples), path)
@@ -383,7 +395,8 @@ def test_a_line_cut_short_by_a_kill_does_not_count(tmp_path):
     whole = report.build(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
-    assert report.build(tmp_path) == whole
+    [note] = (cut := report.build(tmp_path)).pop("notes")
+    assert "cut short" in note and whole.pop("notes") == [] and cut == whole
 
 
 FILES = ("config.json", "run.json", "metrics.jsonl", "ledger/eval_000000.parquet",
