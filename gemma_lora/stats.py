@@ -17,13 +17,13 @@ def resampled(columns: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray
     """
     wide = {k: np.asarray(v, np.float64).reshape(len(v), -1) for k, v in columns.items()}
     rows = np.concatenate(list(wide.values()), 1)
+    rows = np.where(np.isfinite(rows).all(0), rows, np.nan)
     n, chunk = len(rows), 100
     rng, sums = np.random.default_rng(seed), []
     for _ in range(RESAMPLES // chunk if n > 1 else 0):
         drawn = rng.integers(n, size=(chunk, n)) + n * np.arange(chunk)[:, None]
         weights = np.bincount(drawn.ravel(), minlength=chunk * n).reshape(chunk, n)
-        with np.errstate(invalid="ignore"):  # 0 x infinity is NaN, as it should be
-            sums.append(weights @ rows)
+        sums.append(weights @ rows)
     total = np.concatenate(sums) if sums else np.full((RESAMPLES, rows.shape[1]), np.nan)
     parts = np.split(total, np.cumsum([v.shape[1] for v in wide.values()])[:-1], axis=1)
     shapes = ((RESAMPLES, *np.shape(v)[1:]) for v in columns.values())

@@ -12,7 +12,7 @@ from gemma_lora.report import plots
 from gemma_lora.report.numbers import build, build_from
 from gemma_lora.report.page import html
 from gemma_lora.report.prose import markdown
-from gemma_lora.report.read import SPLITS, read
+from gemma_lora.report.reading import SPLITS, read
 from gemma_lora.report.sections import show
 
 __all__ = ["SPLITS", "build", "markdown", "show", "write"]

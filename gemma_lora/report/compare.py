@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from gemma_lora.config import differences
-from gemma_lora.report.read import Eval, Workdir
+from gemma_lora.report.reading import Eval, Workdir
 from gemma_lora.stats import bootstrap, interval, mcnemar
 
 SEED = 2  # not those of the run's own splits

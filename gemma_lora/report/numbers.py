@@ -15,7 +15,7 @@ import numpy as np
 from gemma_lora.metrics import LEDGER, STEPS
 from gemma_lora.outliers import length_bins
 from gemma_lora.report import compare, training
-from gemma_lora.report.read import MODEL, SPLITS, Eval, Workdir, read
+from gemma_lora.report.reading import MODEL, SPLITS, Eval, Workdir, read
 from gemma_lora.report.tokens import detailed, format_columns
 from gemma_lora.stats import (
     interval,

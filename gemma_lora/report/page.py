@@ -44,9 +44,9 @@ def _inline(text: str) -> markupsafe.Markup:
     return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", safe))
 
 
-def _heat(nll: float) -> str:
-    """The depth of a token's colour, 0 to 9."""
-    return str(min(9, int(10 * max(0.0, nll) / DEEPEST))) if nll == nll else "9"
+def _heat(nll: float | None) -> str:
+    """The depth of a token's colour, 0 to 9; a loss that is not finite has the deepest."""
+    return "9" if nll is None else str(min(9, int(10 * max(0.0, nll) / DEEPEST)))
 
 
 def _parts(x: Example) -> dict[str, Any]:

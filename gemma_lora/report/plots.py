@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gemma_lora.report import compare, training
-from gemma_lora.report.read import SPLITS, Workdir
+from gemma_lora.report.reading import SPLITS, Workdir
 
 WIDTH = 5
 COLORS = dict(zip(SPLITS, ("tab:blue", "tab:orange"), strict=True))
@@ -21,7 +21,8 @@ def figures(w: Workdir, report: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "learning_curve", learning_curve(w, report)
     if len(w.train["step"]):
         yield "schedule", _schedule(w)
-    yield "length", _length(report["loss_by_length"])
+    if len(report["loss_by_length"]) > 1:
+        yield "length", _length(report["loss_by_length"])
     if report["evals"]["best"] != report["evals"]["start"]:
         yield "base", _base(w)
     if found := report["validation"].get("class_accuracy"):
@@ -146,7 +147,7 @@ def _reliability(bins: list[dict[str, Any]]) -> Any:
 def _data_map(found: dict[str, np.ndarray]) -> Any:
     figure, axes = _figure(4)
     drawn = axes.scatter(_numbers(found["std"]), _numbers(found["mean"]), c=found["correct"], s=8,
-                         cmap="coolwarm_r", vmin=0, vmax=1, lw=0, alpha=0.7,
+                         cmap="viridis", vmin=0, vmax=1, lw=0, alpha=0.7,
                          rasterized=len(found["std"]) > 300)  # fmt: skip
     figure.colorbar(drawn, label="share of tokens right")
     axes.set(xlabel="standard deviation of exp(-loss) over evals", ylabel="mean of exp(-loss)")
@@ -160,7 +161,7 @@ def _scores(scores: dict[str, np.ndarray], shown: list[str], ids: np.ndarray) ->
     marked = np.isin(ids, np.array(shown, object))
     for panel, (name, x) in zip(axes.flat, scores.items(), strict=False):
         finite = np.isfinite(x)
-        panel.hist(x[finite], bins=40, color="0.6")
+        panel.stairs(*np.histogram(x[finite], bins=40), fill=True, color="0.6")  # one path
         panel.plot(x[finite & marked], np.zeros((finite & marked).sum()), "|", color="tab:red",
                    ms=9, clip_on=False)  # fmt: skip
         panel.set_title(name, fontsize=9, pad=2)

@@ -9,7 +9,7 @@ from typing import Any
 
 from gemma_lora.config import flat
 from gemma_lora.outliers import SCORES
-from gemma_lora.report.read import SPLITS
+from gemma_lora.report.reading import SPLITS
 
 BROUGHT_UP = ("status", "steps", "steps_planned", "steps_per_epoch", "examples", "nan")
 IN_COST = ("phases", "peak_memory")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gemma_lora.errors import UserError
-from gemma_lora.report.read import Workdir
+from gemma_lora.report.reading import Workdir
 
 SHOWN_TOKENS, SHOWN_WORST = 400, 3  # of an example: tokens in its heat map, and by name
 FORMAT = re.compile("<<|>>|####")

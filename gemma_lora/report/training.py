@@ -7,7 +7,7 @@ import pyarrow.parquet
 
 from gemma_lora import outliers
 from gemma_lora.evaluate import read_table
-from gemma_lora.report.read import Workdir
+from gemma_lora.report.reading import Workdir
 from gemma_lora.report.tokens import detailed
 
 
@@ -31,7 +31,8 @@ def scored(w: Workdir) -> tuple[outliers.Ledger, dict[str, np.ndarray], list, st
         source = "the ledger; outliers.parquet is of another eval or other examples, and not used"
     else:
         source = "the ledger; python -m gemma_lora.outliers also looks for broken rules"
-    scores = outliers.score(w.path)
+    with np.errstate(invalid="ignore"):  # of losses that are not finite
+        scores = outliers.score(w.path)
     names = [k for k in scores if k not in ("id", "tokens")]
     return ledger, {k: scores[k] for k in names}, [[] for _ in ledger.ids], source
 
