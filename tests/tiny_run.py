@@ -99,6 +99,7 @@ def left(workdir: Path) -> dict[str, Any]:
     report = json.loads((workdir / "report.json").read_text())
     other = ("seconds", "phases", "peak_memory")
     report["run"] = {k: v for k, v in report["run"].items() if k not in other}
+    del report["cost"]
     files = [*workdir.glob("ledger/*"), *workdir.glob("adapter/*")]
     return {
         "metrics": [{k: v for k, v in r.items() if k not in clocks} for r in lines],

@@ -22,8 +22,9 @@ def scored(w: Workdir) -> tuple[outliers.Ledger, dict[str, np.ndarray], list, st
     path = w.path / "outliers.parquet"
     if path.exists():
         held = pyarrow.parquet.read_schema(path).names
-        names = [k for k in (*outliers.SCORES, "combined") if k in held]
-        table = read_table(path, ("id", "loss", "combined", "rules", *names))
+        names = [k for k in outliers.SCORES if k in held and k != "loss"]
+        names = ["loss", *names, "combined"]
+        table = read_table(path, ("id", "rules", *names))
         ids, loss = table["id"].to_numpy(), table["loss"].to_numpy()
         if np.array_equal(ids, ledger.ids) and np.array_equal(loss, ledger.loss[-1]):
             scores = {k: table[k].to_numpy() for k in names}
