@@ -19,8 +19,8 @@ from gemma_lora.report import reading, sections
 
 SECTIONS = ["Overview", "Hyper-parameters", "Cost", "Losses", "Learning curve",
             "Generalisation gap", "Token accuracy", "Loss by length", "Format and content",
-            "Training examples", "Worst validation examples", "Comparison with the base model",
-            "Final thoughts", "What this run does not show", "Manifest"]  # fmt: skip
+            "Outliers of the training set", "Worst validation examples",
+            "Comparison with the base model", "Final thoughts", "What this run does not show", "Manifest"]  # fmt: skip
 
 
 class Page(html.parser.HTMLParser):
@@ -132,6 +132,24 @@ def test_heat_map_shows_each_token_with_its_loss(written):
     assert titles == shown
     deepest = max((a for t, a in page.tags if "title" in a), key=lambda a: float(a["title"]))
     assert deepest["class"] == f"h{min(9, int(float(deepest['title']) * 10 / 8))}"
+
+
+def test_a_long_heat_map_says_what_it_leaves_out(tmp_path):
+    report_run.gsm8k(tmp_path, 8, 12, steps=(0, 20))
+    for path in (tmp_path / "ledger").glob("*.parquet"):
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+        for r in rows:
+            if "pieces" in r:
+                r["pieces"] = r["pieces"] * 20
+            else:
+                r |= {"token_nll": r["token_nll"] * 20, "tokens": 20 * r["tokens"]}
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    r = report.write(tmp_path)
+    worst = r["outliers"][0]
+    assert len(worst["pieces"]) == len(worst["token_nll"]) == 400
+    assert worst["tokens_left_out"] == worst["tokens"] - 400 > 0
+    said = f" ... {worst['tokens_left_out']} more tokens"
+    assert said in Page((tmp_path / "report.html").read_text()).text
 
 
 def test_without_texts_of_tokens_the_report_says_so(tmp_path):

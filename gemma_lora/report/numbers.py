@@ -180,16 +180,16 @@ def _notes(w: Workdir) -> list[str]:
     """What makes the run less than whole, or its numbers less than they seem."""
     run, evals = w.run, w.evals
     steps = f"step {run['steps']:,} of {run['steps_planned']:,}"
+    ids = (run.get("nan") or {"ids": []})["ids"]
     notes = {
         "running": f"The run had not ended at {steps}: it was killed, or it still trains.",
         "interrupted": f"The run was interrupted at {steps}; the same command continues it.",
-        "nan": f"The run ended at {steps}: the loss or its gradient was not finite.",
+        "nan": f"The run ended at {steps}: the loss or its gradient was not finite. Examples: "
+        f"{', '.join(ids[:8])}{f' and {len(ids) - 8} more' * (len(ids) > 8)}.",
         "stopped early": f"The run stopped at {steps}: train.patience evals in a row brought no "
         "lower validation loss.",
     }
     found = [notes[run["status"]]] if run["status"] in notes else []
-    if run.get("nan"):
-        found[-1] += f" The step's examples: {', '.join(run['nan']['ids'])}."
     if w.cut:
         found.append("The last line of metrics.jsonl was cut short and does not count.")
     last = max([*w.train["step"], evals[-1].step, 0])
@@ -217,11 +217,12 @@ def _cost(w: Workdir, price: float | None) -> dict[str, Any]:
     each = w.train["step_seconds"][w.train["step"] <= run["steps"]]
     counted = w.train["tokens"][w.train["step"] <= run["steps"]]
     length = {s: sum(e["length"] for e in x.values()) for s, x in w.examples.items()}
-    whole = sum(e.whole for e in w.evals)
+    evals = [e.whole for e in w.evals if e.step <= run["steps"]]
+    whole = sum(evals)
     tokens = {
         STEPS: run["tokens"],
-        "evaluate": len(w.evals) * length["validation"]
-        + (len(w.evals) - whole) * length["train_probe"],
+        "evaluate": len(evals) * length["validation"]
+        + (len(evals) - whole) * length["train_probe"],
         LEDGER: whole * length["train"],
     }
     # What ran before a run was continued is in the steps' records and in `seconds`, not in phases.

@@ -40,6 +40,7 @@ class Example:
     prompt_has_loss: bool
     pieces: list[str] | None
     token_nll: list[float] | None
+    tokens_left_out: int
 
 
 Block = str | list[str] | Table | Plot | Example
@@ -70,9 +71,10 @@ def lead(r: dict[str, Any]) -> list[Block]:
 
 
 def sections(r: dict[str, Any]) -> list[tuple[str, list[Block]]]:
+    left_out = tuple(f"run.{k}" for k in (*BROUGHT_UP, *IN_COST))
     found = [
         ("Overview", _overview(r)),
-        ("Hyper-parameters", [_facts(r, ("config.",))]),
+        ("Hyper-parameters", [_facts(r, "config.")]),
         ("Cost", _cost(r["cost"])),
         ("Losses", _losses(r)),
         ("Learning curve", _curve(r)),
@@ -81,24 +83,24 @@ def sections(r: dict[str, Any]) -> list[tuple[str, list[Block]]]:
         ("Class accuracy", _classes(r)),
         ("Loss by length", _lengths(r["loss_by_length"])),
         ("Format and content", _kinds(r["format_content"])),
-        ("Training examples", _training(r["training"])),
+        ("Outliers of the training set", _training(r["training"])),
         ("Worst validation examples", _worst(r)),
         ("Comparison with the base model", _base(r)),
         ("Comparison with other runs", _others(r["compare"])),
         ("Final thoughts", [_final(r)]),
         ("What this run does not show", [_not_shown(r)]),
-        ("Manifest", _manifest(r)),
+        ("Manifest", [_facts(r, "run.", left_out)]),
     ]
     return [(name, blocks) for name, blocks in found if blocks]
 
 
-def _facts(r: dict[str, Any], parts: tuple[str, ...], left_out: tuple[str, ...] = ()) -> Table:
+def _facts(r: dict[str, Any], parts: str | tuple[str, ...], left_out: Any = ()) -> Table:
     return Table(
         ["key", "value"],
         [
             [k, json.dumps(v)]
             for k, v in flat(r).items()
-            if k.startswith(parts) and not (left_out and k.startswith(left_out))
+            if k.startswith(parts) and not k.startswith(left_out)
         ],
     )
 
@@ -269,7 +271,7 @@ def _example(x: dict[str, Any], numbers: dict[str, Any]) -> Example:
                           for p, nll in x["worst_tokens"])  # fmt: skip
         numbers = {**numbers, "tokens of the largest loss": shown}
     text = ", ".join(f"{k} {show(v)}" for k, v in numbers.items())
-    keys = ("text", "completion", "prompt_has_loss", "pieces", "token_nll")
+    keys = ("text", "completion", "prompt_has_loss", "pieces", "token_nll", "tokens_left_out")
     return Example(x["id"], text, **{k: x[k] for k in keys})
 
 
@@ -322,6 +324,8 @@ def _worst(r: dict[str, Any]) -> list[Block]:
 
 
 def _base(r: dict[str, Any]) -> list[Block]:
+    if r["run"]["best_step"] is None:
+        return ["No eval had finite losses in all sets: nothing to compare."]
     if r["evals"]["best"] == r["evals"]["start"]:
         return ["The best eval is that of the base model itself: nothing to compare."]
     better, loss = r["improved"], r["validation"]["loss"]
@@ -375,7 +379,8 @@ def _final(r: dict[str, Any]) -> str:
         f"to {show(loss['best'])} ({loss['conclusion']}), its token accuracy from "
         f"{show(accuracy['start'])} to {show(accuracy['best'])} ({accuracy['conclusion']}), and "
         "the gap to the training examples grew by "
-        f"{show(r['generalisation_gap']['growth'])}. More epochs recommended: "
+        f"{show(r['generalisation_gap']['growth'])}, interval "
+        f"{show(r['generalisation_gap']['growth_interval'])}. More epochs recommended: "
         f"{show(r['more_epochs']['recommended'])}."
     )
 
@@ -390,7 +395,3 @@ def _not_shown(r: dict[str, Any]) -> list[str]:
         "Answers: everything here is teacher-forced. No text was generated, no answer was checked.",
         "Other tasks: no benchmark was run; neither transfer nor forgetting was measured.",
     ]
-
-
-def _manifest(r: dict[str, Any]) -> list[Block]:
-    return [_facts(r, ("run.",), tuple(f"run.{k}" for k in (*BROUGHT_UP, *IN_COST)))]

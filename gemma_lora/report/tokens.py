@@ -15,7 +15,7 @@ FORMAT = re.compile("<<|>>|####")
 def detailed(w: Workdir, split: str, step: int, ids: list[str]) -> dict[str, dict[str, Any]]:
     """id -> completion: index of its first character; prompt_has_loss; pieces and token_nll: its
     first loss tokens and their losses at an eval, in nats; worst_tokens: those with the largest
-    loss, [text, nats]. The last three are None in a ledger without pieces.
+    loss, [text, nats]. These three are None in a ledger without pieces.
     """
     losses, texts = w.token_losses(split, step, ids), w.pieces(split, ids)
     found: dict[str, dict[str, Any]] = {}
@@ -24,7 +24,7 @@ def detailed(w: Workdir, split: str, step: int, ids: list[str]) -> dict[str, dic
         found[i] = {
             "completion": example["completion"],
             "prompt_has_loss": example["prompt_targets"] > 0,
-            "pieces": None, "token_nll": None, "worst_tokens": None,
+            "pieces": None, "token_nll": None, "worst_tokens": None, "tokens_left_out": 0,
         }  # fmt: skip
         if i in texts:
             pieces, nll = _checked(w, i, texts[i], losses[i])
@@ -32,6 +32,7 @@ def detailed(w: Workdir, split: str, step: int, ids: list[str]) -> dict[str, dic
             found[i] |= {
                 "pieces": pieces[:SHOWN_TOKENS],
                 "token_nll": [round(float(x), 4) for x in nll[:SHOWN_TOKENS]],
+                "tokens_left_out": max(0, len(pieces) - SHOWN_TOKENS),
                 "worst_tokens": [[pieces[k], round(float(nll[k]), 4)] for k in worst],
             }
     return found
