@@ -20,7 +20,8 @@ from gemma_lora.report import reading, sections
 SECTIONS = ["Overview", "Hyper-parameters", "Cost", "Losses", "Learning curve",
             "Generalisation gap", "Token accuracy", "Loss by length", "Format and content",
             "Outliers of the training set", "Worst validation examples",
-            "Comparison with the base model", "Final thoughts", "What this run does not show", "Manifest"]  # fmt: skip
+            "Comparison with the base model", "Final thoughts",
+            "What this run does not show", "Manifest"]  # fmt: skip
 
 
 class Page(html.parser.HTMLParser):
