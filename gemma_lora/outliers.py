@@ -122,15 +122,19 @@ def read_ledger(workdir: pathlib.Path) -> Ledger:
     return Ledger(ids=ids, label=label, steps=sorted(found), **stacked, **last)
 
 
+def length_bins(tokens: np.ndarray) -> np.ndarray:
+    """[n] -> the number of each example's bin; the bins are quantiles of `tokens`."""
+    count = max(1, min(BINS, len(tokens) // BIN_LEAST))
+    edges = np.unique(np.quantile(tokens, np.linspace(0, 1, count + 1)[1:-1]))
+    return np.searchsorted(edges, tokens, side="right")
+
+
 def length_z(loss: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """[n]: (loss - median) / (1.4826 median absolute deviation), both of the example's length bin.
 
-    The bins are quantiles of `tokens`: losses of short completions vary more, and without bins
-    they would fill both ends of the list.
+    Losses of short completions vary more, and without bins they would fill both ends of the list.
     """
-    count = max(1, min(BINS, len(loss) // BIN_LEAST))
-    edges = np.unique(np.quantile(tokens, np.linspace(0, 1, count + 1)[1:-1]))
-    bins = np.searchsorted(edges, tokens, side="right")
+    bins = length_bins(tokens)
     out = np.empty(len(loss))
     for b in np.unique(bins):
         inside = loss[bins == b]

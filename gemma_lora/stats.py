@@ -9,29 +9,45 @@ import scipy  # its parts load at first use: stats takes a second that training 
 RESAMPLES = 10_000
 
 
+def resampled(columns: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """Sums over bootstrap resamples of rows: a column [n] -> [RESAMPLES], [n,k] -> [RESAMPLES,k].
+
+    A resample draws n rows, the same ones for every column, so that what is made of the sums is
+    paired. NaN for a single row, and where a column is not finite.
+    """
+    wide = {k: np.asarray(v, np.float64).reshape(len(v), -1) for k, v in columns.items()}
+    rows = np.concatenate(list(wide.values()), 1)
+    rows = np.where(np.isfinite(rows).all(0), rows, np.nan)
+    n, chunk = len(rows), 100
+    rng, sums = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES // chunk if n > 1 else 0):
+        drawn = rng.integers(n, size=(chunk, n)) + n * np.arange(chunk)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=chunk * n).reshape(chunk, n)
+        sums.append(weights @ rows)
+    total = np.concatenate(sums) if sums else np.full((RESAMPLES, rows.shape[1]), np.nan)
+    parts = np.split(total, np.cumsum([v.shape[1] for v in wide.values()])[:-1], axis=1)
+    shapes = ((RESAMPLES, *np.shape(v)[1:]) for v in columns.values())
+    return {k: p.reshape(s) for k, p, s in zip(wide, parts, shapes, strict=True)}
+
+
 def bootstrap(before: dict[str, np.ndarray], after: dict[str, np.ndarray], seed: int) -> np.ndarray:
     """[RESAMPLES, 2]: after - before of loss and of token accuracy, each resample's own ratio.
 
-    A resample draws as many examples as there are, the same ones before and after (paired), and
-    weighs them by tokens. NaN for a single example, or where a loss is not finite.
+    The rows of both are the same examples, weighed by tokens; NaN as in `resampled`.
     """
-    deltas = [after[k] - before[k] for k in ("nll", "correct")]
-    columns = np.stack([*deltas, before["tokens"]], 1).astype(np.float64)
-    n = len(columns)
-    if n < 2 or not np.isfinite(columns).all():
-        return np.full((RESAMPLES, 2), np.nan)
-    rng, chunk, sums = np.random.default_rng(seed), 100, []
-    for _ in range(RESAMPLES // chunk):
-        drawn = rng.integers(n, size=(chunk, n)) + n * np.arange(chunk)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=chunk * n).reshape(chunk, n)
-        sums.append(weights @ columns)
-    total = np.concatenate(sums)
-    return total[:, :2] / total[:, 2:]
+    change = np.stack([after[k] - before[k] for k in ("nll", "correct")], 1)
+    sums = resampled({"change": change, "tokens": before["tokens"]}, seed)
+    return sums["change"] / sums["tokens"][:, None]
 
 
 def interval(draws: np.ndarray) -> list[float] | None:
     """[lo, hi], the central 95 % of the draws; None where they are not finite."""
     return np.quantile(draws, [0.025, 0.975]).tolist() if np.isfinite(draws).all() else None
+
+
+def intervals(draws: np.ndarray) -> list[list[float] | None]:
+    """`interval` of each column."""
+    return [interval(column) for column in draws.T]
 
 
 def wilson(right: np.ndarray) -> list[float]:
@@ -56,6 +72,14 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     return float(scipy.stats.spearmanr(x, y).statistic)
 
 
+def spearman_interval(r: float, n: int) -> list[float] | None:
+    """95 %, on Fisher's z with the variance (1 + r^2 / 2) / (n - 3) of Bonett & Wright (2000)."""
+    if n < 4 or not abs(r) < 1:
+        return None
+    half = 1.959964 * math.sqrt((1 + r * r / 2) / (n - 3))
+    return [math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)]
+
+
 def trend(steps: np.ndarray, losses: np.ndarray) -> dict[str, Any] | None:
     """Trend of the last max(10, 20 %) steps with a finite loss; None with fewer than ten."""
     steps, losses = steps[np.isfinite(losses)], losses[np.isfinite(losses)]
@@ -69,10 +93,12 @@ def trend(steps: np.ndarray, losses: np.ndarray) -> dict[str, Any] | None:
     r = float(residual[1:] @ residual[:-1] / squares) if squares else 0.0
     error = fit.stderr * math.sqrt(max(1.0, (1 + r) / (1 - r)))
     half = float(error * scipy.stats.t.ppf(0.975, window - 2))
+    span = float(steps[-1] - steps[0])
     return {
         "steps": [int(steps[0]), int(steps[-1])],
         "autocorrelation": r,
-        "reduction": float(-fit.slope * (steps[-1] - steps[0])),
+        "reduction": -float(fit.slope) * span,
+        "reduction_interval": [span * (-float(fit.slope) - half), span * (half - float(fit.slope))],
         "slope_per_100_steps": 100 * float(fit.slope),
         "interval": [100 * (float(fit.slope) - half), 100 * (float(fit.slope) + half)],
         "method": "least squares; 95 % interval from the regression's standard error, widened by "

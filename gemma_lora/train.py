@@ -6,7 +6,6 @@ The same command continues a run that was interrupted, also on another number of
 several hosts each process gets it, with the flags of gemma_lora/distributed.py.
 """
 
-import importlib.metadata
 import json
 import math
 import pathlib
@@ -19,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from gemma_lora import config as configs
-from gemma_lora import distributed, evaluate, report
+from gemma_lora import distributed, evaluate, manifest, report
 from gemma_lora.attention import choose
 from gemma_lora.checkpoint import Checkpoints
 from gemma_lora.compiled import Compiled, keep_compiled
@@ -86,7 +85,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
     adapted = check_targets(wrap, nn.unbox(abstract["params"]))
     # Three checkpoints of A, B and Adam's two moments, in float32, can be there at once.
     require_space(workdir, 64 * 2**20 + 3 * 12 * count(abstract["lora"]))
-    versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax")}
+    made_with = manifest.facts(config)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     name = arch.family if config.arch == "auto" else config.arch
     how, why = choose(config.attention, arch, model.dtype, config.data.seq_len, mesh)
@@ -103,7 +102,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
             f"float32; remat {config.remat}",
             "attention": f"{how}, {why}" if why else how,
             "devices": f"{device}, mesh {', '.join(f'{a}={n}' for a, n in mesh.shape.items())}; "
-            f"jax {versions['jax']}",
+            f"jax {made_with['versions']['jax']}",
         },
     )
 
@@ -192,7 +191,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         "steps_planned": total,
         "steps_per_epoch": steps_per_epoch,
         "devices": device,
-        "versions": versions,
+        **made_with,
         "data_fingerprint": notes["data"],
         "phases": phases.seconds,
         "nan": None,

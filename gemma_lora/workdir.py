@@ -1,7 +1,7 @@
 """The directory of a run: may this run use it, and what does it hold.
 
 config.json, run.json, metrics.jsonl, checkpoints/, ledger/ (Parquet), adapter/ (PEFT),
-report.json, report.md, learning_curve.png, tensorboard/.
+report.json, report.md, report.html, learning_curve.png, tensorboard/.
 """
 
 import json

@@ -81,7 +81,7 @@ def on_record(monkeypatch, kind: str, step: int, action) -> None:
 
 def test_what_a_run_leaves(straight):
     workdir, _ = straight
-    for name in ("config.json", "run.json", "report.md", "learning_curve.png", "checkpoints"):
+    for name in ("config.json", "run.json", "report.md", "report.html", "checkpoints"):
         assert (workdir / name).exists(), name
     assert sorted(p.name for p in (workdir / "adapter").iterdir()) == [
         "adapter_config.json",

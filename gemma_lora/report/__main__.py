@@ -1,0 +1,29 @@
+"""The command line of the report."""
+
+import argparse
+import pathlib
+
+from gemma_lora.errors import UserError, run_main
+from gemma_lora.report import write
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gemma_lora.report", description="Write the report of a training run."
+    )
+    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument(
+        "--compare", nargs="+", default=[], type=pathlib.Path, metavar="DIR",
+        help="workdirs of other runs",
+    )  # fmt: skip
+    parser.add_argument("--price-per-hour", type=float, metavar="X", help="of the whole machine")
+    options = parser.parse_args()
+    price = options.price_per_hour
+    if price is not None and not 0 <= price < float("inf"):
+        raise UserError(f"--price-per-hour is {price}, expected a number that is not negative")
+    loss = write(options.workdir, tuple(options.compare), price)["validation"]["loss"]
+    print(f"validation loss: {loss['conclusion']}")
+
+
+if __name__ == "__main__":
+    run_main(main)

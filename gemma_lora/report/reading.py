@@ -1,0 +1,132 @@
+"""What a run left in its workdir, read and checked; a run that was killed left less."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pyarrow.compute
+import pyarrow.parquet
+
+from gemma_lora.errors import UserError
+from gemma_lora.evaluate import read_table
+
+SPLITS = ("validation", "train_probe")
+MODEL = ("arch", "weights", "trainable_parameters", "base_parameters", "adapted_modules")
+RUN = ("status", "steps", "steps_planned", "steps_per_epoch", "tokens", "seconds", "examples")
+STEP = ("step", "loss", "lr", "grad_norm", "tokens", "step_seconds")  # of a train line
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """One eval: by split, the columns of `_eval` [examples], in id order.
+
+    label_p is [examples, labels]: no labels, no columns. whole: it took all training examples, too.
+    """
+
+    step: int
+    rows: dict[str, dict[str, np.ndarray]]
+    whole: bool
+
+    def mean(self, split: str, column: str) -> float:
+        """Per token: 'nll' -> loss, 'correct' -> token accuracy."""
+        return float(self.rows[split][column].sum() / self.rows[split]["tokens"].sum())
+
+    def right(self, split: str) -> np.ndarray:
+        """Per labelled example: is its own label the most probable one."""
+        label, p = (self.rows[split][k] for k in ("label", "label_p"))
+        return (p.argmax(-1) == label)[label >= 0]
+
+    def not_finite(self) -> list[str]:
+        found = (r["id"][~np.isfinite(r["nll"])] for r in self.rows.values())
+        return [i for ids in found for i in ids]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """What a run left behind. evals are in the order of their steps, the first is step 0."""
+
+    path: pathlib.Path
+    config: dict[str, Any]
+    run: dict[str, Any]
+    train: dict[str, np.ndarray]  # STEP [train lines]; NaN where absent or not finite
+    cut: bool  # the last line of metrics.jsonl was cut short
+    lines: dict[int, dict[str, Any]]  # eval lines of metrics.jsonl by step
+    evals: list[Eval]
+    examples: dict[str, dict[str, dict[str, Any]]]  # by split and id: text, completion, length, ...
+    has_pieces: bool  # the ledger holds the text of each loss token
+
+    def token_losses(self, split: str, step: int, ids: list[str]) -> dict[str, np.ndarray]:
+        """id -> the loss of each of its loss tokens at an eval."""
+        path = self.path / "ledger" / f"eval_{step:06d}.parquet"
+        return _chosen(path, split, ids, "token_nll")
+
+    def pieces(self, split: str, ids: list[str]) -> dict[str, np.ndarray]:
+        """id -> the text of each of its loss tokens; {} where the ledger has none."""
+        path = self.path / "ledger" / "examples.parquet"
+        return _chosen(path, split, ids, "pieces") if self.has_pieces else {}
+
+
+def read(workdir: pathlib.Path) -> Workdir:
+    """Raises UserError naming the file that is missing, damaged or at odds with the others."""
+    [config], _ = _records(workdir / "config.json", ("data", "optim"))
+    [run], _ = _records(workdir / "run.json", (*MODEL, *RUN))
+    lines: dict[str, dict[int, Any]] = {"train": {}, "eval": {}}
+    records, cut = _records(workdir / "metrics.jsonl", ("kind", "step"))
+    for record in records:
+        lines.setdefault(record["kind"], {})[record["step"]] = record
+    each = [lines["train"][step] for step in sorted(lines["train"])]
+    train = {k: np.array([r.get(k) for r in each], float) for k in STEP}  # None becomes NaN
+    ledger = workdir / "ledger"
+    first = _eval(ledger / "eval_000000.parquet", None)
+    evals = sorted((_eval(p, first) for p in ledger.glob("eval_*.parquet")), key=lambda e: e.step)
+    path = ledger / "examples.parquet"
+    names = ("id", "split", "text", "completion", "length", "prompt_targets")
+    examples: dict[str, dict[str, Any]] = {s: {} for s in (*SPLITS, "train")}
+    for e in read_table(path, names).to_pylist():
+        examples.setdefault(e["split"], {})[e["id"]] = e
+    for missing in set(first.rows["validation"]["id"]) - examples["validation"].keys():
+        raise UserError(f"{path}: no text of validation example {missing!r}")
+    has_pieces = "pieces" in pyarrow.parquet.read_schema(path).names
+    return Workdir(workdir, config, run, train, cut, lines["eval"], evals, examples, has_pieces)
+
+
+def _records(path: pathlib.Path, keys: tuple[str, ...]) -> tuple[list[dict[str, Any]], bool]:
+    """The objects of a JSON lines file, or the one of a JSON file; each must have the keys.
+
+    And whether a last line was cut short by a kill, which does not count: it has no newline.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        *parts, rest = text.split("\n") if path.suffix == ".jsonl" else [text, ""]
+        found = [json.loads(part) for part in parts]
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} is missing or damaged: {e}") from e
+    if not all(isinstance(x, dict) and x.keys() >= set(keys) for x in found):
+        raise UserError(f"{path} is damaged: expected objects with the keys {', '.join(keys)}")
+    return found, bool(rest)
+
+
+def _eval(path: pathlib.Path, first: Eval | None) -> Eval:
+    names = ("id", "split", "tokens", "nll", "nll_max", "correct", "label", "label_p")
+    table = read_table(path, names).sort_by("id")
+    whole = pyarrow.compute.any(pyarrow.compute.equal(table["split"], "train")).as_py()
+    table = table.filter(pyarrow.compute.is_in(table["split"], pyarrow.array(SPLITS)))
+    columns = {k: table[k].to_numpy() for k in names[:-1]}
+    columns["label_p"] = np.array(table["label_p"].to_pylist(), float).reshape(len(table), -1)
+    rows = {s: {k: v[columns["split"] == s] for k, v in columns.items()} for s in SPLITS}
+    for split, found in rows.items():
+        if not len(found["id"]) or found["tokens"].min() < 1:
+            raise UserError(f"{path}: no {split} rows, or one without tokens")
+        for name in ("id", "tokens") if first else ():
+            if not np.array_equal(found[name], first.rows[split][name]):
+                raise UserError(f"{path}: {split} {name} differ from those of eval_000000.parquet")
+    return Eval(int(path.stem.removeprefix("eval_")), rows, bool(whole))
+
+
+def _chosen(path: pathlib.Path, split: str, ids: list[str], column: str) -> dict[str, np.ndarray]:
+    table = read_table(path, ("id", "split", column))
+    table = table.filter(pyarrow.compute.equal(table["split"], split))
+    table = table.filter(pyarrow.compute.is_in(table["id"], pyarrow.array(ids, pyarrow.string())))
+    return dict(zip(table["id"].to_pylist(), table[column].to_numpy(), strict=True))
