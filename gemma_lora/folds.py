@@ -35,7 +35,7 @@ from gemma_lora.sharding import batch_sharding, make_mesh, replicated, to_global
 from gemma_lora.step import init_state, make_eval_step, make_train_step
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
 
-COLUMNS = ("id", "fold_loss", "fold_label")
+COLUMNS = ("id", "fold_loss", "fold_label", "label_p")
 
 
 def fold_of(example_id: str, folds: int, seed: int) -> int:
@@ -114,12 +114,15 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
     if columns["id"].tolist() != ids:
         raise UserError(f"{workdir / 'folds'} holds folds of other examples; remove it")
     if jax.process_index() == 0:
-        _write(workdir / "folds" / "scores.parquet", columns)
+        _write(workdir / "folds" / "scores.parquet", {k: table[k] for k in COLUMNS})
     return columns
 
 
-def _scores(rows: dict[str, np.ndarray], held: Dataset) -> dict[str, np.ndarray]:
-    """A fold's columns: loss of the completion in nats a token; -log p of the label, or NaN."""
+def _scores(rows: dict[str, np.ndarray], held: Dataset) -> dict[str, Any]:
+    """A fold's columns: loss of the completion in nats a token; -log p of the label, or NaN.
+
+    label_p: the probabilities of all labels, a list a row; empty without labels.
+    """
     before = [max(0, e.answer_from - e.loss_from) for e in held.examples]
     pairs = zip(rows["token_nll"], before, strict=True)
     loss = [np.mean(x[b:] if b < len(x) else x, dtype=np.float64) for x, b in pairs]
@@ -129,10 +132,12 @@ def _scores(rows: dict[str, np.ndarray], held: Dataset) -> dict[str, np.ndarray]
         p = rows["label_p"][known, rows["label"][known]]
         with np.errstate(divide="ignore"):
             label[known] = -np.log(p)
-    return {"id": rows["id"], "fold_loss": np.array(loss), "fold_label": label}
+    label_p = pyarrow.array(list(rows["label_p"]), evaluate.COLUMNS["label_p"])
+    out = {"id": rows["id"], "fold_loss": np.array(loss), "fold_label": label}
+    return out | {"label_p": label_p}
 
 
-def _write(path: pathlib.Path, columns: dict[str, np.ndarray]) -> None:
+def _write(path: pathlib.Path, columns: dict[str, Any]) -> None:
     with replace_file(path) as temporary:
         pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
 
