@@ -22,30 +22,35 @@ _TAG = re.compile(r"</?[a-z][^<>\n]*>", re.I)
 _END = tuple(".!?…。！？\"'”’)]}`")  # noqa: RUF001 of other scripts, too
 
 
-def _per_100(words: str) -> Callable[[str, str], float]:
-    """How many of 100 words are one of these, of prompt and completion."""
+class Text:
+    """A text as the features read it. words: of all of it, in lower case."""
+
+    def __init__(self, prompt: str, completion: str) -> None:
+        self.prompt, self.completion, self.all = prompt, completion, f"{prompt}\n{completion}"
+        self.words = _WORD.findall(self.all.lower().replace("’", "'"))  # noqa: RUF001
+
+
+Feature = Callable[[Text], float]
+
+
+def _per_100(words: str) -> Feature:
     wanted = frozenset(words.split())
-
-    def count(prompt: str, completion: str) -> float:
-        found = _WORD.findall(f"{prompt} {completion}".lower().replace("’", "'"))  # noqa: RUF001
-        return 100 * sum(w in wanted for w in found) / max(1, len(found))
-
-    return count
+    return lambda t: 100 * sum(map(wanted.__contains__, t.words)) / max(1, len(t.words))
 
 
-def _share(keep: Callable[[str], bool]) -> Callable[[str, str], float]:
-    """Per cent of the characters of prompt and completion."""
-    return lambda p, c: 100 * sum(map(keep, p + c)) / max(1, len(p) + len(c))
+def _characters(pattern: str) -> Feature:
+    """Per cent of the characters."""
+    found = re.compile(pattern)
+    return lambda t: 100 * (len(t.all) - len(found.sub("", t.all))) / len(t.all)
 
 
-def _count(pattern: re.Pattern) -> Callable[[str, str], float]:
-    return lambda p, c: len(pattern.findall(f"{p}\n{c}"))
+def _count(pattern: re.Pattern) -> Feature:
+    return lambda t: len(pattern.findall(t.all))
 
 
-def _largest(prompt: str, completion: str) -> float:
-    """log10 of the largest number; -1 where there is none, or none above 0.1."""
-    found = [float(x.replace(",", "")) for x in _NUMBER.findall(f"{prompt} {completion}")]
-    return float(np.log10(max(0.1, *found, 0.1)))
+def _largest(t: Text) -> float:
+    found = (float(x.replace(",", "")) for x in _NUMBER.findall(t.all))
+    return float(np.log10(max((x for x in found if x < np.inf), default=0) or 0.1))
 
 
 _NEGATION = (
@@ -57,52 +62,54 @@ _TIME = "second seconds minute minutes hour hours day days week weeks month mont
 _MONEY = "dollar dollars cent cents euro euros pound pounds price cost costs pay pays paid"
 _LENGTH = "inch inches foot feet yard yards mile miles meter meters metre metres km cm kilometers"
 _WEIGHT = "ounce ounces gram grams kg kilogram kilograms ton tons lb lbs"
+_CONTRAST = (
+    "but however although though yet despite while whereas except unfortunately nevertheless"
+)
+_FIRST = "i me my mine we us our ours i'm i've i'd i'll we're we've we'll"
 _PARTS = "half halves third thirds quarter quarters fifth fifths twice percent percentage ratio"
 
-# Name -> (what it is, of prompt and completion). A name reads on as 'more than 3' or 'less than 3'.
-FEATURES: dict[str, tuple[str, Callable[[str, str], float]]] = {
-    "prompt words": ("words of the prompt", lambda p, c: len(_WORD.findall(p))),
-    "completion words": ("words of the completion", lambda p, c: len(_WORD.findall(c))),
+# Name -> (what it is, its function), of prompt and completion together where neither is named. A
+# name reads on as 'more than 3'.
+FEATURES: dict[str, tuple[str, Feature]] = {
+    "prompt words": ("of letters", lambda t: len(_WORD.findall(t.prompt))),
+    "completion words": ("of letters", lambda t: len(_WORD.findall(t.completion))),
     "completion to prompt": (
         "characters of the completion for one of the prompt",
-        lambda p, c: len(c) / max(1, len(p)),
+        lambda t: len(t.completion) / max(1, len(t.prompt)),
     ),
-    "sentences": ("ends of sentences", _count(_SENTENCE)),
-    "calculator steps": ("annotations << >>", lambda p, c: c.count("<<")),
-    "numbers": ("numbers in digits", _count(_NUMBER)),
+    "sentences": ("marks that end one", _count(_SENTENCE)),
+    "calculator steps": ("annotations << >>", lambda t: t.completion.count("<<")),
+    "numbers": ("in digits", _count(_NUMBER)),
     "largest number, log10": ("-1 where there is none", _largest),
-    "division signs": ("'/' and '÷' in the completion", lambda p, c: c.count("/") + c.count("÷")),
-    "percent signs": ("'%'", lambda p, c: (p + c).count("%")),
+    "divisions": ("'/' and '÷' in the completion", lambda t: len(re.findall("[/÷]", t.completion))),
+    "percent signs": ("'%'", lambda t: t.all.count("%")),
     "words of parts per 100 words": ("half, third, twice, percent, ratio, ...", _per_100(_PARTS)),
     "units of time per 100 words": ("second, ..., years", _per_100(_TIME)),
     "words of money per 100 words": ("dollar, euro, cost, pay, ...", _per_100(_MONEY)),
     "units of length per 100 words": ("inch, ..., kilometers", _per_100(_LENGTH)),
     "units of weight per 100 words": ("ounce, ..., tons", _per_100(_WEIGHT)),
     "negations per 100 words": ("no, not, never, without, don't, ...", _per_100(_NEGATION)),
-    "words of contrast per 100 words": (
-        "but, however, although, ...: mixed judgement",
-        _per_100("but however although though yet despite while whereas except unfortunately"),
-    ),
-    "first-person words per 100 words": ("I, me, my, we, our, ...", _per_100("i me my mine we us "
-        "our i'm i've i'd i'll")),
-    "question marks": ("'?'", lambda p, c: (p + c).count("?")),
-    "exclamation marks": ("'!'", lambda p, c: (p + c).count("!")),
+    "words of contrast per 100 words": ("but, however, although, ...", _per_100(_CONTRAST)),
+    "words in first person per 100 words": ("I, me, my, we, our, ...", _per_100(_FIRST)),
+    "question marks": ("'?'", lambda t: t.all.count("?")),
+    "exclamation marks": ("'!'", lambda t: t.all.count("!")),
     "quotation marks": ("straight and typographic", _count(re.compile(r'["“”]'))),
-    "capitals, %": ("of all characters", _share(str.isupper)),
-    "characters beyond ASCII, %": ("of all characters", _share(lambda x: x > "\x7f")),
-    "code-like characters, %": ("of { } < > ; = _ \\ `", _share(lambda x: x in "{}<>;=_\\`")),
+    "capitals, %": ("A to Z, of all characters", _characters("[A-Z]+")),
+    "characters beyond ASCII, %": ("of all characters", _characters(r"[^\x00-\x7f]+")),
+    "code-like characters, %": ("of { } < > ; = _ \\ `", _characters(r"[{}<>;=_\\`]+")),
     "list items": ("lines that begin as a list's do", _count(_LIST)),
     "markup tags": ("such as <br />", _count(_TAG)),
     "completion without final punctuation": (
         "its last character ends no sentence, quotation or bracket",
-        lambda p, c: not c.rstrip().endswith(_END),
+        lambda t: not t.completion.rstrip().endswith(_END),
     ),
-}  # fmt: skip
+}
 
 
 def measure(texts: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
-    """Every feature [n] of (prompt, completion) pairs: bool or float."""
-    return {k: np.array([f(p, c) for p, c in texts]) for k, (_, f) in FEATURES.items()}
+    """Every feature [n] of (prompt, completion) pairs: bool, or numbers."""
+    made = [Text(*pair) for pair in texts]
+    return {k: np.array([f(t) for t in made]) for k, (_, f) in FEATURES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
