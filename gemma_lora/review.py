@@ -136,8 +136,9 @@ input[type=text] { width: 100%; box-sizing: border-box; }
 </style>
 <header>
 <h1>Review of {{ rows|length }} suspicious examples</h1>
-<p>Mark each ({% for k, v in marks.items() %}{{ k }}: {{ v }}{{ "; " if not loop.last }}
-{%- endfor %}), put the download into the run's directory as review.csv, and run gemma_lora.outliers again.
+<p>Mark each (
+{%- for k, v in marks.items() %}{{ k }}: {{ v }}{{ "; " if not loop.last }}{% endfor %}),
+put the download into the run's directory as review.csv, and run gemma_lora.outliers again.
 <button id="save">Download review.csv</button> <span id="count"></span></p>
 </header>
 {% for row in rows %}

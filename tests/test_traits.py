@@ -75,21 +75,21 @@ def test_lifts_find_what_was_planted_and_nothing_else():
     a, c = int(has[flagged].sum()), int(has[~flagged].sum())
     assert (t.flagged, t.others) == (a / 40, c / 360)
     assert t.lift == pytest.approx((a / 40) / (c / 360))
-    # One-sided hypergeometric tail, of which Fisher's two-sided p is no less.
-    tail = scipy.stats.hypergeom.sf(a - 1, 400, a + c, 40)
-    assert tail <= t.p <= 19 * 2 * tail
+    chances = scipy.stats.hypergeom.pmf(np.arange(41), 400, a + c, 40)
+    exact = chances[chances <= chances[a] * (1 + 1e-9)].sum()
+    assert t.p == pytest.approx(exact * (len(found) - found.index(t)), rel=1e-6)
     assert traits.lifts(np.zeros(400, bool), features) == []
 
 
 def test_lifts_of_noise_alone():
-    """Over 200 draws of what is flagged, a false trait comes no oftener than 5 % allow."""
+    """Over 60 draws of what is flagged, a false trait comes no oftener than 5 % allow."""
     rng = np.random.default_rng(1)
     features = {f"noise {i}": rng.standard_normal(200) for i in range(10)}
     false = 0
-    for _ in range(200):
+    for _ in range(60):
         flagged = np.isin(np.arange(200), rng.permutation(200)[:20])
         false += any(t.p < 0.05 for t in traits.lifts(flagged, features))
-    assert scipy.stats.binomtest(false, 200, 0.05, "greater").pvalue > 0.001
+    assert scipy.stats.binomtest(false, 60, 0.05, "greater").pvalue > 0.001
 
 
 def test_tfidf_by_hand():
