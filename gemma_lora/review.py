@@ -76,6 +76,8 @@ def write(
         if place > top and ids[i] not in marks:
             continue
         text = " ".join(texts[i].split())
+        if text.startswith(("=", "+", "-", "@")):
+            text = f"'{text}"  # or a spreadsheet would compute it
         mark, comment = marks.get(ids[i], ("", ""))
         rows.append(
             {"id": ids[i], "rank": place, "category": categories[i],

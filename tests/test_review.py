@@ -12,7 +12,11 @@ from gemma_lora import review
 from gemma_lora.errors import UserError
 
 N = 12
-TEXTS = ["<script>alert('x')</script> & \"quoted\", \u00e9\nsecond line"] + ["plain"] * (N - 1)
+TEXTS = (
+    ["<script>alert('x')</script> & \"quoted\", \u00e9\nsecond line"]
+    + ["=1+1"]
+    + ["plain"] * (N - 2)
+)
 
 
 def write(directory, top=4, combined=None):
@@ -42,6 +46,7 @@ def test_first_review_is_unmarked(tmp_path):
     assert [r["id"] for r in found] == [f"row/{i}" for i in range(4)]
     assert [r["rank"] for r in found] == ["1", "2", "3", "4"]
     assert found[0]["rules"] == "cut: 9 of 9 tokens" and found[0]["text"].endswith("second line")
+    assert found[1]["text"] == "'=1+1" and found[2]["text"] == "plain"
     assert {r["mark"] + r["comment"] for r in found} == {""}
     assert lines[-1].startswith("No example is marked yet")
 

@@ -1,13 +1,14 @@
 """Traits, their lifts against scipy and by hand, clusters, categories, confident learning."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy
 from common import needs
 
-from gemma_lora import confident, explain, rules, traits
+from gemma_lora import confident, explain, folds, rules, traits
 from gemma_lora.errors import UserError
 from gemma_lora.outliers import SCORES
 from gemma_lora.stats import holm, risk_ratio
@@ -150,6 +151,22 @@ def test_confident_learning_is_the_confident_joint():
     assert 0 < issue.sum() < 56
     with pytest.raises(UserError, match=r"none of \{2\}"):
         confident.find(np.minimum(label, 1), p)
+
+
+def test_probabilities_of_the_folds_are_read(tmp_path):
+    """As the folds wrote them, by id; a folder from before they were kept is named."""
+    p = np.array([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]])
+    held = SimpleNamespace(examples=[SimpleNamespace(answer_from=3, loss_from=3)] * 2)
+    rows = {"id": np.array(["b", "a"], object), "label": np.array([1, -1]), "label_p": p,
+            "token_nll": [np.ones(1)] * 2}  # fmt: skip
+    columns = folds._scores(rows, held)
+    assert columns["fold_label"][0] == -np.log(0.5) and np.isnan(columns["fold_label"][1])
+    path = tmp_path / "folds" / "scores.parquet"
+    folds._write(path, columns)
+    assert np.array_equal(confident.read(tmp_path, np.array(["a", "b"])), p[::-1])
+    folds._write(path, {k: columns[k] for k in ("id", "fold_loss", "fold_label")})
+    with pytest.raises(UserError, match="of an earlier version: remove it"):
+        confident.read(tmp_path, np.array(["a", "b"]))
 
 
 def test_confident_learning_says_what_it_lacks(tmp_path, monkeypatch):
