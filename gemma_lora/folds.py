@@ -37,7 +37,7 @@ from gemma_lora.sharding import make_mesh, replicated, to_global
 from gemma_lora.step import init_state, make_eval_step, make_train_step
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
 
-COLUMNS = ("id", "fold_loss", "fold_label")
+COLUMNS = ("id", "fold_loss", "fold_label", "label_p")
 
 
 def fold_of(example_id: str, folds: int, seed: int) -> int:
@@ -119,13 +119,16 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
     if columns["id"].tolist() != ids:
         raise UserError(f"{workdir / 'folds'} holds folds of other examples; remove it")
     if jax.process_index() == 0:
-        _write(workdir / "folds" / "scores.parquet", columns)
+        _write(workdir / "folds" / "scores.parquet", {k: table[k] for k in COLUMNS})
     distributed.wait_for_all()
     return columns
 
 
-def _scores(rows: dict[str, np.ndarray], held: Dataset) -> dict[str, np.ndarray]:
-    """A fold's columns: loss of the completion in nats a token; -log p of the label, or NaN."""
+def _scores(rows: dict[str, np.ndarray], held: Dataset) -> dict[str, Any]:
+    """A fold's columns: loss of the completion in nats a token; -log p of the label, or NaN.
+
+    label_p: the probabilities of all labels, a list a row; empty without labels.
+    """
     each = zip(rows["token_nll"], held.examples, strict=True)
     loss = [np.mean(completion_part(x, e.prompt_targets), dtype=np.float64) for x, e in each]
     label = np.full(len(loss), np.nan)
@@ -134,10 +137,12 @@ def _scores(rows: dict[str, np.ndarray], held: Dataset) -> dict[str, np.ndarray]
         p = rows["label_p"][known, rows["label"][known]]
         with np.errstate(divide="ignore"):
             label[known] = -np.log(p)
-    return {"id": rows["id"], "fold_loss": np.array(loss), "fold_label": label}
+    label_p = pyarrow.array(list(rows["label_p"]), evaluate.COLUMNS["label_p"])
+    out = {"id": rows["id"], "fold_loss": np.array(loss), "fold_label": label}
+    return out | {"label_p": label_p}
 
 
-def _write(path: pathlib.Path, columns: dict[str, np.ndarray]) -> None:
+def _write(path: pathlib.Path, columns: dict[str, Any]) -> None:
     with replace_file(path) as temporary:
         pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
 

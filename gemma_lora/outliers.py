@@ -2,9 +2,10 @@
 
     python -m gemma_lora.outliers --workdir DIR [--top N] [--write-filtered FILE]
 
-writes DIR/outliers.parquet (a row an example, a column a score, and the rules that it breaks) and
-DIR/outliers.md (the worst, with their text). It takes a run with train.ledger_every. Letters: n
-examples, e evals.
+writes DIR/outliers.parquet (a row an example, a column a score, the rules that it breaks, and a
+category), DIR/outliers.md (the worst, with their text and what they share) and, for a person's
+marks, DIR/review.csv and review.html. It takes a run with train.ledger_every. Letters: n examples,
+e evals.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import pyarrow.compute
 import pyarrow.parquet
 import scipy
 
-from gemma_lora import rules
+from gemma_lora import explain, review, rules
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.evaluate import completion_part, read_table
 from gemma_lora.files import replace_file, write_text
@@ -249,22 +250,23 @@ def broken_rules(workdir: pathlib.Path) -> dict[str, dict[str, str]]:
 def markdown(
     columns: dict[str, np.ndarray],
     broken: dict[str, dict[str, str]],
-    texts: dict[str, str],
-    top: int,
+    texts: list[str],
+    ranks: dict[str, np.ndarray],
+    worst: np.ndarray,
+    categories: list[str],
+    shared: list[str],
 ) -> str:
-    """The examples with the highest combined rank, and those that break a rule."""
-    names = [k for k in columns if k not in ("id", "tokens", "combined")]
-    ranks = {k: rank(columns[k]) for k in names}
-    worst = np.argsort(-columns["combined"], kind="stable")[:top]
+    """The worst examples, what they share (lines of Markdown), and those that break a rule."""
+    names = list(ranks)
     lines = [f"# The {len(worst)} most suspicious of {len(columns['id'])} training examples", ""]
     lines += ["Of each score its value and, in brackets, the share of examples below or at it.", ""]
     lines += [f"- `{k}`: {SCORES[k]}" for k in names]
     for place, i in enumerate(worst, 1):
         shown = ", ".join(f"{k} {columns[k][i]:.3g} ({ranks[k][i]:.3f})" for k in names)
-        lines += ["", f"## {place}. {columns['id'][i]}", "", shown, ""]
+        lines += ["", f"## {place}. {columns['id'][i]}: {categories[i]}", "", shown, ""]
         lines += [f"{rule}: {why}\n" for rule, why in broken.get(columns["id"][i], {}).items()]
-        lines += ["    " + line for line in texts[columns["id"][i]].splitlines()]
-    lines += ["", f"# {len(broken)} training examples that break a rule", ""]
+        lines += ["    " + line for line in texts[i].splitlines()]
+    lines += [*shared, "", f"# {len(broken)} training examples that break a rule", ""]
     lines += [f"- `{k}`: {v}" for k, v in rules.RULES.items()]
     lines += [""]
     lines += [
@@ -275,18 +277,23 @@ def markdown(
 
 
 def mine(workdir: pathlib.Path, top: int, filtered: pathlib.Path | None) -> dict[str, np.ndarray]:
-    """Writes outliers.parquet and outliers.md, and to `filtered` the ids of the `top` worst."""
+    """Writes the files of a workdir, and to `filtered` the ids of the `top` worst."""
     columns = score(workdir)
     if not 0 < top <= len(columns["id"]):
         raise UserError(f"--top is {top}, expected 1 to {len(columns['id'])} training examples")
-    texts = {e["id"]: e["text"] for e in read_examples(workdir, "train")}
+    examples = read_examples(workdir, "train")
+    texts = [e["text"] for e in examples]
     broken = broken_rules(workdir)
-    names = [sorted(broken.get(i, {})) for i in columns["id"]]
+    ranks = {k: rank(columns[k]) for k in SCORES if k in columns}
+    worst = np.argsort(-columns["combined"], kind="stable")[:top]
+    categories, shared = explain.explain(workdir, examples, columns, ranks, broken, worst)
+    shared = review.write(workdir, texts, columns, broken, categories, top) + shared
+    more = {"rules": [sorted(broken.get(i, {})) for i in columns["id"]], "category": categories}
     with replace_file(workdir / "outliers.parquet") as temporary:
-        pyarrow.parquet.write_table(pyarrow.table(columns | {"rules": names}), temporary)
-    write_text(workdir / "outliers.md", markdown(columns, broken, texts, top))
+        pyarrow.parquet.write_table(pyarrow.table(columns | more), temporary)
+    page = markdown(columns, broken, texts, ranks, worst, categories, shared)
+    write_text(workdir / "outliers.md", page)
     if filtered:
-        worst = np.argsort(-columns["combined"], kind="stable")[:top]
         write_text(filtered, "".join(f"{columns['id'][i]}\n" for i in worst))
     return columns
 
@@ -298,7 +305,7 @@ def main() -> None:
     parser.add_argument("--write-filtered", type=pathlib.Path, help="a file for data.exclude")
     options = parser.parse_args()
     columns = mine(options.workdir, options.top, options.write_filtered)
-    print(f"{len(columns['id'])} examples scored: {options.workdir / 'outliers.md'}")
+    print(f"{len(columns['id'])} examples scored: {options.workdir / 'outliers.md'}, review.html")
 
 
 if __name__ == "__main__":

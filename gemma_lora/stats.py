@@ -104,3 +104,24 @@ def trend(steps: np.ndarray, losses: np.ndarray) -> dict[str, Any] | None:
         "method": "least squares; 95 % interval from the regression's standard error, widened by "
         "sqrt((1 + r) / (1 - r)) where the residuals' lag-1 autocorrelation r is positive",
     }
+
+
+def risk_ratio(a: int, n: int, c: int, m: int) -> tuple[float, list[float]]:
+    """(a / n) / (c / m) and its 95 % interval on the log scale (Katz et al. 1978).
+
+    Where a or c is 0, 0.5 is added to each of the four cells of the table, a, n - a, c and m - c.
+    """
+    if not a or not c:
+        a, n, c, m = a + 0.5, n + 1, c + 0.5, m + 1
+    ratio = (a / n) / (c / m)
+    half = scipy.stats.norm.ppf(0.975) * math.sqrt(1 / a - 1 / n + 1 / c - 1 / m)
+    return ratio, [ratio * math.exp(-half), ratio * math.exp(half)]
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """p values corrected for their number, in their order (Holm 1979)."""
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    out = np.empty(len(p))
+    out[order] = np.minimum(1, stepped)
+    return out

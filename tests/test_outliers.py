@@ -195,7 +195,7 @@ def test_what_the_command_writes(run, tmp_path):
     order = np.argsort(-columns["combined"], kind="stable")
     assert worst.read_text().split() == [columns["id"][i] for i in order[:4]]
     table = pyarrow.parquet.read_table(run / "outliers.parquet")
-    assert table.column_names == [*columns, "rules"] and len(table) == 18
+    assert table.column_names == [*columns, "rules", "category"] and len(table) == 18
     page = (run / "outliers.md").read_text()
     assert page.startswith("# The 4 most suspicious of 18") and page.count("\n## ") == 4
     assert all(f"`{k}`" in page for k in columns if k in outliers.SCORES)
