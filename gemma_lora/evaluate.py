@@ -71,8 +71,8 @@ def ledger_rows(
     label_logits = np.full((n, len(data.label_tokens)), np.nan)
     for i in range(data.steps_per_epoch):
         batch = data.batch_at(i)
-        values = _gather(eval_step(lora, base, to_global(batch.arrays, mesh)))
-        owner, answer = _gather((batch.owner, batch.answer))
+        values = gather(eval_step(lora, base, to_global(batch.arrays, mesh)))
+        owner, answer = gather((batch.owner, batch.answer))
         mine = owner >= 0
         if data.label_tokens:
             label_logits[owner[answer]] = values.pop("label_logits")[answer]
@@ -110,7 +110,7 @@ def part_of(rows: dict[str, np.ndarray], ids: set[str], split: str) -> dict[str,
     return {k: v[chosen] for k, v in rows.items()} | {"split": np.array([split] * chosen.sum())}
 
 
-def _gather(tree: Any) -> Any:
+def gather(tree: Any) -> Any:
     """Host copies of all processes' rows."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, tree)
