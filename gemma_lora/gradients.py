@@ -48,7 +48,7 @@ from gemma_lora.weights.pretrained import load_base
 
 STEPS = ("best", "last", "0")
 NEIGHBOURS = 5
-_CHUNK = 1024  # examples compared with all others at a time
+_CHUNK = 256  # examples compared with all others at a time
 
 
 def project(tree: Any, m: int, seed: int) -> jax.Array:
@@ -146,7 +146,7 @@ def misfit(projected: np.ndarray) -> np.ndarray:
         return 1 - (own * others).sum(1) / lengths
 
 
-def nearest(projected: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def most_alike(projected: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """(index, cosine) [n, min(k, n - 1)] of the rows most alike each, itself left out."""
     n = len(projected)
     k = min(k, n - 1)
@@ -157,8 +157,10 @@ def nearest(projected: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         alike = unit[start : start + _CHUNK] @ unit.T
         at = np.arange(len(alike))
         alike[at, start + at] = -np.inf
-        order = np.argsort(-alike, axis=1, kind="stable")[:, :k]
-        index[start + at], cosine[start + at] = order, np.take_along_axis(alike, order, 1)
+        some = np.argpartition(-alike, k, axis=1)[:, :k]
+        order = np.argsort(-np.take_along_axis(alike, some, 1), axis=1, kind="stable")
+        index[start + at] = np.take_along_axis(some, order, 1)
+        cosine[start + at] = np.take_along_axis(alike, index[start + at], 1)
     return index, cosine
 
 
@@ -203,7 +205,7 @@ def run(workdir: pathlib.Path, which: str, m: int) -> dict[str, Any]:
     step, lora, base = restored(opened, workdir, which, base)
     say(f"   gradients under the adapters of step {step}")
     ids, norm, projected = gradients(opened, lora, base, m)
-    index, cosine = nearest(projected, NEIGHBOURS)
+    index, cosine = most_alike(projected, NEIGHBOURS)
     columns = {
         "id": ids,
         "grad_norm": norm,

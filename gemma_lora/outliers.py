@@ -43,6 +43,13 @@ SCORES = {
     "label_aum": "p of the likeliest other label minus p of the label, over evals",
     "fold_loss": "loss under a model that did not train on the example",
     "fold_label": "-log p of the label under a model that did not train on the example",
+    "grad_norm": "norm of the gradient of the example's loss (GraNd, Paul 2021)",
+    "grad_misfit": "1 - cosine of that gradient with the mean of the other examples'",
+}
+# The files that other commands leave in a workdir, and the scores in them.
+MORE = {
+    "folds/scores.parquet": ("fold_loss", "fold_label"),
+    "gradients.parquet": ("grad_norm", "grad_misfit"),
 }
 # What `combined` takes the mean rank of: where there are labels, and where there are none.
 LABELLED = ("fold_label", "label_aum")
@@ -131,11 +138,10 @@ def length_z(loss: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return out
 
 
-def scores_of(ledger: Ledger, folds: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+def scores_of(ledger: Ledger, more: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
     """The scores [n] that a ledger allows, by name, and `combined`.
 
-    folds: of each example under a model that did not train on it, fold_loss and, with labels,
-    fold_label.
+    more: scores that other commands made, as `read_more` gives them.
     """
     tuned = [i for i, step in enumerate(ledger.steps) if step > 0] or [0]
     out: dict[str, np.ndarray] = {}
@@ -165,7 +171,7 @@ def scores_of(ledger: Ledger, folds: dict[str, np.ndarray] | None = None) -> dic
         with np.errstate(divide="ignore"):
             out["label_loss"] = np.where(labelled, -np.log(right[-1]), np.nan)
         out["label_aum"] = np.where(labelled, (others.max(-1) - right)[tuned].mean(0), np.nan)
-    out |= folds or {}
+    out |= more or {}
     members = LABELLED if labelled.any() else UNLABELLED
     ranks = [rank(out[k]) for k in members if k in out]
     return {k: out[k] for k in SCORES if k in out} | {"combined": np.mean(ranks, 0)}
@@ -180,22 +186,33 @@ def rank(score: np.ndarray) -> np.ndarray:
 def score(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """id, tokens and every score of a run's training examples; raises as read_ledger."""
     ledger = read_ledger(workdir)
-    found = scores_of(ledger, read_folds(workdir, ledger.ids))
+    found = scores_of(ledger, read_more(workdir, ledger.ids))
     return {"id": ledger.ids, "tokens": ledger.tokens, **found}
 
 
-def read_folds(workdir: pathlib.Path, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """What `folds.py` left in a workdir: fold_loss and, with labels, fold_label; {}: nothing."""
-    path = workdir / "folds" / "scores.parquet"
+def read_more(workdir: pathlib.Path, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """The scores [n] of the files of MORE that are there; without those that are NaN for all."""
+    found: dict[str, np.ndarray] = {}
+    for name, scores in MORE.items():
+        path = workdir / name
+        if not path.exists():
+            continue
+        table = read_table(path, ("id", *scores))
+        at = {i: n for n, i in enumerate(table["id"].to_pylist())}
+        if at.keys() != set(ids):
+            raise UserError(f"{path}: its examples are not those of the ledger; remove it")
+        order = [at[i] for i in ids]
+        found |= {k: table[k].to_numpy()[order] for k in scores}
+    return {k: x for k, x in found.items() if not np.isnan(x).all()}
+
+
+def read_neighbours(workdir: pathlib.Path) -> dict[str, list[tuple[str, float]]]:
+    """id -> (id, cosine) of the examples with the most alike gradients; {}: none were taken."""
+    path = workdir / "gradients.parquet"
     if not path.exists():
         return {}
-    table = read_table(path, ("id", "fold_loss", "fold_label"))
-    at = {i: n for n, i in enumerate(table["id"].to_pylist())}
-    if at.keys() != set(ids):
-        raise UserError(f"{path}: its examples are not those of the ledger; remove it")
-    order = [at[i] for i in ids]
-    found = {k: table[k].to_numpy()[order] for k in ("fold_loss", "fold_label")}
-    return {k: x for k, x in found.items() if not np.isnan(x).all()}
+    columns = [c.to_pylist() for c in read_table(path, ("id", "neighbours", "cosines")).columns]
+    return {i: list(zip(*pair, strict=True)) for i, *pair in zip(*columns, strict=True)}
 
 
 def broken_rules(workdir: pathlib.Path) -> dict[str, dict[str, str]]:
@@ -220,6 +237,7 @@ def markdown(
     columns: dict[str, np.ndarray],
     broken: dict[str, dict[str, str]],
     texts: dict[str, str],
+    neighbours: dict[str, list[tuple[str, float]]],
     top: int,
 ) -> str:
     """The examples with the highest combined rank, and those that break a rule."""
@@ -234,6 +252,9 @@ def markdown(
         lines += ["", f"## {place}. {columns['id'][i]}", "", shown, ""]
         lines += [f"{rule}: {why}\n" for rule, why in broken.get(columns["id"][i], {}).items()]
         lines += ["    " + line for line in texts[columns["id"][i]].splitlines()]
+        if near := neighbours.get(columns["id"][i]):
+            lines += ["", "The training examples with the most alike gradients:", ""]
+            lines += [f"- {j}, cosine {c:.3f}: `{_begins(texts[j])}`" for j, c in near]
     lines += ["", f"# {len(broken)} training examples that break a rule", ""]
     lines += [f"- `{k}`: {v}" for k, v in rules.RULES.items()]
     lines += [""]
@@ -242,6 +263,11 @@ def markdown(
         for example, found in sorted(broken.items())
     ]
     return "\n".join(lines) + "\n"
+
+
+def _begins(text: str) -> str:
+    """The first 120 characters, as one line of code in Markdown."""
+    return " ".join(text[:120].replace("`", "'").split())
 
 
 def mine(workdir: pathlib.Path, top: int, filtered: pathlib.Path | None) -> dict[str, np.ndarray]:
@@ -254,7 +280,9 @@ def mine(workdir: pathlib.Path, top: int, filtered: pathlib.Path | None) -> dict
     names = [sorted(broken.get(i, {})) for i in columns["id"]]
     with replace_file(workdir / "outliers.parquet") as temporary:
         pyarrow.parquet.write_table(pyarrow.table(columns | {"rules": names}), temporary)
-    write_text(workdir / "outliers.md", markdown(columns, broken, texts, top))
+    write_text(
+        workdir / "outliers.md", markdown(columns, broken, texts, read_neighbours(workdir), top)
+    )
     if filtered:
         worst = np.argsort(-columns["combined"], kind="stable")[:top]
         write_text(filtered, "".join(f"{columns['id'][i]}\n" for i in worst))
