@@ -30,13 +30,18 @@ class _LatestAndBest(keep.PreservationPolicy):
 
 
 class Checkpoints:
-    """step -> (state tree, small JSON notes). A half-written checkpoint is never seen."""
+    """step -> (state tree, small JSON notes). A half-written checkpoint is never seen.
 
-    def __init__(self, directory: pathlib.Path):
+    read_only: makes no directory and leaves what another process is still writing.
+    """
+
+    def __init__(self, directory: pathlib.Path, read_only: bool = False):
         self._directory = directory.absolute()
         self._keep = _LatestAndBest()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._keep, cleanup_tmp_directories=True
+            preservation_policy=self._keep,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 

@@ -10,7 +10,6 @@ with the flags of gemma_lora/distributed.py.
 
 import argparse
 import hashlib
-import json
 import pathlib
 from typing import Any
 
@@ -18,24 +17,21 @@ import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from ml_collections import ConfigDict
 
 from gemma_lora import distributed, evaluate
 from gemma_lora.compiled import keep_compiled
-from gemma_lora.config import check
 from gemma_lora.data.dataset import Dataset
-from gemma_lora.data.pipeline import dataset, load_data
+from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError
 from gemma_lora.evaluate import completion_part
 from gemma_lora.files import replace_file
-from gemma_lora.lora import LoRAConfig
 from gemma_lora.loss import Sweep
 from gemma_lora.metrics import say
 from gemma_lora.optim import optimizer
-from gemma_lora.outliers import read_examples
-from gemma_lora.sharding import make_mesh, replicated, to_global
+from gemma_lora.reopen import reopen
+from gemma_lora.sharding import replicated, to_global
 from gemma_lora.step import init_state, make_eval_step, make_train_step
-from gemma_lora.weights.pretrained import build_model, load_base, open_weights
+from gemma_lora.weights.pretrained import load_base
 
 COLUMNS = ("id", "fold_loss", "fold_label", "label_p")
 
@@ -66,20 +62,14 @@ def parts(train_set: Dataset, config: Any, folds: int) -> list[tuple[Dataset, Da
 
 def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
     """Makes the folds that are missing; returns the columns of scores.parquet, in id order."""
-    config = read_config(workdir)
-    pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
-    wrap = LoRAConfig(**config.lora)
+    opened = reopen(workdir)
+    config, wrap, mesh = opened.config, opened.wrap, opened.mesh
+    model, train_set = opened.model, opened.train_set
     if wrap.reads_base:
         raise UserError(
             f"the run's adapters, {wrap.variant} with init {wrap.init}, start from base weights: "
             "folds are made for plain LoRA"
         )
-    mesh = make_mesh(config.mesh)
-    model = build_model(pretrained.arch, config, wrap, mesh)
-    train_set = load_data(config, pretrained.tokenizer(), pretrained.arch.vocab)[0]
-    ids = [e["id"] for e in read_examples(workdir, "train")]
-    if sorted(e.id for e in train_set.examples) != ids:
-        raise UserError(f"the data has changed since the run in {workdir}")
     made = parts(train_set, config, folds)
     paths = [workdir / "folds" / f"{k}_of_{folds}.parquet" for k in range(folds)]
     distributed.agree("the data", train_set.fingerprint())
@@ -94,7 +84,7 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
             say(f"   fold {k} of {folds}: kept from {path}")
             continue
         if base is None:
-            base = jax.block_until_ready(load_base(pretrained, model, mesh))
+            base = jax.block_until_ready(load_base(opened.pretrained, model, mesh))
         total = fit.steps_per_epoch
         tx = optimizer(config.optim, total)
         state = init_state(model, tx, config.seed, mesh)
@@ -116,7 +106,7 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
     tables = [evaluate.read_table(path, COLUMNS) for path in paths]
     table = pyarrow.concat_tables(tables).sort_by("id")
     columns = {name: table[name].to_numpy() for name in COLUMNS}
-    if columns["id"].tolist() != ids:
+    if columns["id"].tolist() != sorted(e.id for e in train_set.examples):
         raise UserError(f"{workdir / 'folds'} holds folds of other examples; remove it")
     if jax.process_index() == 0:
         _write(workdir / "folds" / "scores.parquet", {k: table[k] for k in COLUMNS})
@@ -145,21 +135,6 @@ def _scores(rows: dict[str, np.ndarray], held: Dataset) -> dict[str, Any]:
 def _write(path: pathlib.Path, columns: dict[str, Any]) -> None:
     with replace_file(path) as temporary:
         pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
-
-
-def read_config(workdir: pathlib.Path) -> ConfigDict:
-    """The config of the run in a workdir; UserError where it is missing or of another version."""
-    try:
-        config = ConfigDict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{workdir / 'config.json'} is missing or damaged: {e}") from e
-    # JSON has no tuples.
-    pairs = {k: tuple(v) for k, v in config.data.items() if isinstance(v, list)}
-    config.data.update(pairs)
-    for k in ("rank_pattern", "alpha_pattern"):
-        config.lora[k] = tuple(map(tuple, config.lora[k]))
-    check(config)
-    return config
 
 
 def main() -> None:

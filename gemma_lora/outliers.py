@@ -48,6 +48,13 @@ SCORES = {
     "running median over the steps",
     "fold_loss": "loss under a model that did not train on the example",
     "fold_label": "-log p of the label under a model that did not train on the example",
+    "grad_norm": "norm of the gradient of the example's loss (GraNd, Paul 2021)",
+    "grad_misfit": "1 - cosine of that gradient with the mean of the other examples'",
+}
+# The files that other commands leave in a workdir, and the scores in them.
+MORE = {
+    "folds/scores.parquet": ("fold_loss", "fold_label"),
+    "gradients.parquet": ("grad_norm", "grad_misfit"),
 }
 # What `combined` takes the mean rank of: where there are labels, and where there are none.
 LABELLED = ("fold_label", "label_aum")
@@ -191,9 +198,8 @@ def rank(score: np.ndarray) -> np.ndarray:
 def score(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """id, tokens and every score of a run's training examples; raises as read_ledger."""
     ledger = read_ledger(workdir)
-    more = read_seen(workdir, ledger.ids) | read_folds(workdir, ledger.ids)
-    found = scores_of(ledger, more)
-    return {"id": ledger.ids, "tokens": ledger.tokens, **found}
+    more = read_seen(workdir, ledger.ids) | read_more(workdir, ledger.ids)
+    return {"id": ledger.ids, "tokens": ledger.tokens, **scores_of(ledger, more)}
 
 
 def read_seen(workdir: pathlib.Path, ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -215,18 +221,29 @@ def read_seen(workdir: pathlib.Path, ids: np.ndarray) -> dict[str, np.ndarray]:
     return {"seen_loss": np.array([excess.get(i, np.nan) for i in ids])}
 
 
-def read_folds(workdir: pathlib.Path, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """What `folds.py` left in a workdir: fold_loss and, with labels, fold_label; {}: nothing."""
-    path = workdir / "folds" / "scores.parquet"
+def read_more(workdir: pathlib.Path, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """The scores [n] of the files of MORE that are there; without those that are NaN for all."""
+    found: dict[str, np.ndarray] = {}
+    for name, scores in MORE.items():
+        path = workdir / name
+        if not path.exists():
+            continue
+        table = read_table(path, ("id", *scores))
+        at = {i: n for n, i in enumerate(table["id"].to_pylist())}
+        if at.keys() != set(ids):
+            raise UserError(f"{path}: its examples are not those of the ledger; remove it")
+        order = [at[i] for i in ids]
+        found |= {k: table[k].to_numpy()[order] for k in scores}
+    return {k: x for k, x in found.items() if not np.isnan(x).all()}
+
+
+def read_neighbours(workdir: pathlib.Path) -> dict[str, list[tuple[str, float]]]:
+    """id -> (id, cosine) of the examples with the most alike gradients; {}: none were taken."""
+    path = workdir / "gradients.parquet"
     if not path.exists():
         return {}
-    table = read_table(path, ("id", "fold_loss", "fold_label"))
-    at = {i: n for n, i in enumerate(table["id"].to_pylist())}
-    if at.keys() != set(ids):
-        raise UserError(f"{path}: its examples are not those of the ledger; remove it")
-    order = [at[i] for i in ids]
-    found = {k: table[k].to_numpy()[order] for k in ("fold_loss", "fold_label")}
-    return {k: x for k, x in found.items() if not np.isnan(x).all()}
+    columns = [c.to_pylist() for c in read_table(path, ("id", "neighbours", "cosines")).columns]
+    return {i: list(zip(*pair, strict=True)) for i, *pair in zip(*columns, strict=True)}
 
 
 def broken_rules(workdir: pathlib.Path) -> dict[str, dict[str, str]]:
@@ -254,10 +271,11 @@ def markdown(
     ranks: dict[str, np.ndarray],
     worst: np.ndarray,
     categories: list[str],
+    neighbours: dict[str, list[tuple[str, float]]],
     shared: list[str],
 ) -> str:
     """The worst examples, what they share (lines of Markdown), and those that break a rule."""
-    names = list(ranks)
+    names, text_of = list(ranks), dict(zip(columns["id"], texts, strict=True))
     lines = [f"# The {len(worst)} most suspicious of {len(columns['id'])} training examples", ""]
     lines += ["Of each score its value and, in brackets, the share of examples below or at it.", ""]
     lines += [f"- `{k}`: {SCORES[k]}" for k in names]
@@ -266,6 +284,9 @@ def markdown(
         lines += ["", f"## {place}. {columns['id'][i]}: {categories[i]}", "", shown, ""]
         lines += [f"{rule}: {why}\n" for rule, why in broken.get(columns["id"][i], {}).items()]
         lines += ["    " + line for line in texts[i].splitlines()]
+        if near := neighbours.get(columns["id"][i]):
+            lines += ["", "The training examples with the most alike gradients:", ""]
+            lines += [f"- {j}, cosine {c:.3f}: `{_begins(text_of[j])}`" for j, c in near]
     lines += [*shared, "", f"# {len(broken)} training examples that break a rule", ""]
     lines += [f"- `{k}`: {v}" for k, v in rules.RULES.items()]
     lines += [""]
@@ -274,6 +295,11 @@ def markdown(
         for example, found in sorted(broken.items())
     ]
     return "\n".join(lines) + "\n"
+
+
+def _begins(text: str) -> str:
+    """The first 120 characters, as one line of code in Markdown."""
+    return " ".join(text[:120].replace("`", "'").split())
 
 
 def mine(workdir: pathlib.Path, top: int, filtered: pathlib.Path | None) -> dict[str, np.ndarray]:
@@ -291,7 +317,8 @@ def mine(workdir: pathlib.Path, top: int, filtered: pathlib.Path | None) -> dict
     more = {"rules": [sorted(broken.get(i, {})) for i in columns["id"]], "category": categories}
     with replace_file(workdir / "outliers.parquet") as temporary:
         pyarrow.parquet.write_table(pyarrow.table(columns | more), temporary)
-    page = markdown(columns, broken, texts, ranks, worst, categories, shared)
+    near = read_neighbours(workdir)
+    page = markdown(columns, broken, texts, ranks, worst, categories, near, shared)
     write_text(workdir / "outliers.md", page)
     if filtered:
         write_text(filtered, "".join(f"{columns['id'][i]}\n" for i in worst))

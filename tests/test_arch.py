@@ -232,7 +232,9 @@ HOUSE = [
     "report",
     "train",
     "outliers",
+    "reopen",
     "folds",
+    "gradients",
 ]
 
 

@@ -1,0 +1,233 @@
+"""Gradient of every training example: how large, how unlike the others', and whose is most alike.
+
+    python -m gemma_lora.gradients --workdir DIR [--step best|last|0] [--dimension 1024]
+
+takes the adapters of the run's checkpoint (0: those it started from), dropout off, and writes
+DIR/gradients.parquet for gemma_lora.outliers. It costs a forward and a backward an example, as an
+epoch of training does; where it is interrupted, nothing is written and it begins anew.
+
+id; grad_norm: the l2 norm of the gradient of the example's mean loss on its completion with respect
+to all adapters, exact (GraNd, arXiv:2107.07075); grad_misfit: 1 - cosine of the projected gradient
+with the mean of the other examples'; neighbours, cosines: the examples with the most alike
+projected gradients, the first the most (as LESS does, arXiv:2402.04333). TracIn's self-influence
+(arXiv:2002.08484) at one checkpoint is the learning rate times grad_norm^2: it ranks the same.
+
+Letters: B rows of a batch, n examples, m --dimension.
+"""
+
+import argparse
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pyarrow
+import pyarrow.parquet
+from ml_collections import ConfigDict
+
+from gemma_lora.checkpoint import Checkpoints
+from gemma_lora.compiled import keep_compiled
+from gemma_lora.data.dataset import Dataset, shapes
+from gemma_lora.data.pipeline import dataset
+from gemma_lora.errors import UserError, run_main
+from gemma_lora.files import replace_file
+from gemma_lora.lora import from_base
+from gemma_lora.loss import Sweep
+from gemma_lora.metrics import say
+from gemma_lora.model import Transformer
+from gemma_lora.optim import optimizer
+from gemma_lora.reopen import Run, reopen
+from gemma_lora.sharding import batch_sharding, to_global
+from gemma_lora.step import Batch, forward, init_state
+from gemma_lora.weights.pretrained import load_base
+
+STEPS = ("best", "last", "0")
+NEIGHBOURS = 5
+_CHUNK = 256  # examples compared with all others at a time
+
+
+def project(tree: Any, m: int, seed: int) -> jax.Array:
+    """All leaves' elements -> [m]: each changes its sign or not, and is added to one of m sums.
+
+    Sign and sum come from a hash of (seed, position): the count sketch of Charikar et al. 2002,
+    feature hashing of Weinberger et al. (arXiv:0902.2206). <project(x), project(y)> is an unbiased
+    estimate of <x, y> with a variance of at most (|x|^2 |y|^2 + <x, y>^2) / m.
+    """
+    out = jnp.zeros(m, jnp.float32)
+    for n, leaf in enumerate(jax.tree.leaves(tree)):
+        bits = jax.random.bits(jax.random.fold_in(jax.random.key(seed), n), (leaf.size,))
+        sign = 1 - 2 * (bits & 1).astype(jnp.float32)
+        out = out.at[(bits >> 1) % m].add(sign * leaf.ravel())
+    return out
+
+
+def make_gradient_step(
+    model: Transformer, sweep: Sweep, m: int, seed: int, rows: int
+) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
+    """step(lora, base, batch) -> norm [B], projected [B,m] of each row's gradient, dropout off.
+
+    A row's loss is the mean over its loss_mask; one without loss has gradient 0. `rows` at a time,
+    which B must be a multiple of: no more gradients than these are held.
+    """
+
+    def loss(lora, base, row):
+        one = jax.tree.map(lambda x: x[None], row)
+        mask = one["loss_mask"]
+        nll = forward(model, sweep, base, lora, one, None).nll
+        return jnp.sum(nll * mask) / jnp.maximum(jnp.sum(mask), 1)
+
+    def step(lora, base, batch):
+        def one(row):
+            grads = jax.grad(loss)(lora, base, row)
+            return optax.tree.norm(grads), project(grads, m, seed)
+
+        # Strided, so that each group has rows of every device.
+        cut = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1), batch)
+        found = jax.lax.map(jax.vmap(one), cut)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
+
+    return step
+
+
+def alone(train_set: Dataset, config: Any) -> Dataset:
+    """The training examples once each, one a row, whatever the run packed."""
+    config = ConfigDict(config.to_dict())
+    config.data.pack = False
+    rows = shapes(train_set.examples, config.data)
+    return dataset(train_set.examples, config, rows, (), shuffle=False)
+
+
+def completion_mask(owner: np.ndarray, answer: np.ndarray) -> np.ndarray:
+    """[B,C] float32: the loss positions of the completion; all of a row's, where it was cut off."""
+    inside = np.cumsum(answer, axis=1) > 0
+    return ((owner >= 0) & (inside | ~answer.any(1, keepdims=True))).astype(np.float32)
+
+
+def gradients(
+    opened: Run, lora: Any, base: Any, m: int
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(ids [n], norm [n] float64, projected [n,m] float32) in id order; UserError: not finite."""
+    config, mesh = opened.config, opened.mesh
+    data = alone(opened.train_set, config)
+    n = len(data.examples)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    # One row a device at a time. The floor of the run's sweep would make gradients inexact.
+    step = make_gradient_step(opened.model, Sweep(config.head.chunk), m, config.seed, ways)
+    step = jax.jit(step, out_shardings=(batch_sharding(mesh, 1), batch_sharding(mesh)))
+    norm, projected = np.zeros(n), np.zeros((n, m), np.float32)
+    tenth = -(-data.steps_per_epoch // 10)
+    for i in range(data.steps_per_epoch):
+        batch = data.batch_at(i)
+        mask = completion_mask(batch.owner, batch.answer)
+        found = step(lora, base, to_global({**batch.arrays, "loss_mask": mask}, mesh))
+        owner = batch.owner.max(1)
+        there = owner >= 0
+        norm[owner[there]], projected[owner[there]] = (x[there] for x in jax.device_get(found))
+        if (i + 1) % tenth == 0:
+            say(f"   {min(n, (i + 1) * data.batch_size)} of {n} examples")
+    ids = [e.id for e in data.examples]
+    if bad := [e for e, x in zip(ids, norm, strict=True) if not np.isfinite(x)]:
+        raise UserError(f"the gradient of {len(bad)} examples is not finite, e.g. {bad[0]}")
+    order = sorted(range(n), key=lambda i: ids[i])
+    return [ids[i] for i in order], norm[order], projected[order]
+
+
+def misfit(projected: np.ndarray) -> np.ndarray:
+    """[n] in [0, 2]: 1 - cosine with the mean of the others; NaN where one of the two is zero."""
+    own = projected.astype(np.float64)
+    others = own.sum(0) - own
+    lengths = np.linalg.norm(own, axis=1) * np.linalg.norm(others, axis=1)
+    with np.errstate(invalid="ignore"):
+        return 1 - (own * others).sum(1) / lengths
+
+
+def most_alike(projected: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(index, cosine) [n, min(k, n - 1)] of the rows most alike each, itself left out."""
+    n = len(projected)
+    k = min(k, n - 1)
+    lengths = np.linalg.norm(projected, axis=1, keepdims=True)
+    unit = projected / np.where(lengths > 0, lengths, 1)
+    index, cosine = np.zeros((n, k), np.int64), np.zeros((n, k), np.float32)
+    for start in range(0, n, _CHUNK):
+        alike = unit[start : start + _CHUNK] @ unit.T
+        at = np.arange(len(alike))
+        alike[at, start + at] = -np.inf
+        some = np.argpartition(-alike, k, axis=1)[:, :k]
+        order = np.argsort(-np.take_along_axis(alike, some, 1), axis=1, kind="stable")
+        index[start + at] = np.take_along_axis(some, order, 1)
+        cosine[start + at] = np.take_along_axis(alike, index[start + at], 1)
+    return index, cosine
+
+
+def restored(opened: Run, workdir: pathlib.Path, which: str, base: Any) -> tuple[int, Any, Any]:
+    """(step, lora, base) of one of STEPS; the base is changed where the run's adapters change it.
+
+    Raises UserError where the workdir has no such checkpoint.
+    """
+    # The optimizer's state is a part of a checkpoint, and does not depend on the number of steps.
+    tx = optimizer(opened.config.optim, opened.train_set.steps_per_epoch)
+    state = init_state(opened.model, tx, opened.config.seed, opened.mesh)
+    if opened.wrap.reads_base:
+        base, lora = jax.jit(functools.partial(from_base, opened.wrap))(base, state.lora)
+        state = state.replace(lora=lora)
+    if which == "0":
+        return 0, state.lora, base
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    latest = checkpoints.latest()
+    state, notes = checkpoints.restore(latest, state)
+    step = latest
+    if which == "best":
+        step = notes["best_step"]
+        if step is None:
+            raise UserError(
+                f"no eval of the run in {workdir} was finite: expected --step last or 0"
+            )
+        if step != latest:
+            state, _ = checkpoints.restore(step, state)
+    checkpoints.close()
+    return step, state.lora, base
+
+
+def run(workdir: pathlib.Path, which: str, m: int) -> dict[str, Any]:
+    """Writes gradients.parquet; returns its columns, in id order."""
+    if m < 1:
+        raise UserError(f"--dimension is {m}, expected at least 1")
+    found = workdir / "checkpoints"
+    if which != "0" and not any(p.name.isdigit() for p in found.glob("*")):
+        raise UserError(f"{found} holds no checkpoint: expected a run's workdir, or --step 0")
+    opened = reopen(workdir)
+    base = jax.block_until_ready(load_base(opened.pretrained, opened.model, opened.mesh))
+    step, lora, base = restored(opened, workdir, which, base)
+    say(f"   gradients under the adapters of step {step}")
+    ids, norm, projected = gradients(opened, lora, base, m)
+    index, cosine = most_alike(projected, NEIGHBOURS)
+    columns = {
+        "id": ids,
+        "grad_norm": norm,
+        "grad_misfit": misfit(projected),
+        "neighbours": [[ids[j] for j in row] for row in index],
+        "cosines": list(cosine),
+    }
+    if jax.process_index() == 0:
+        with replace_file(workdir / "gradients.parquet") as temporary:
+            pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+    return columns
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Gradients of a run's training examples.")
+    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument("--step", choices=STEPS, default=STEPS[0])
+    parser.add_argument("--dimension", type=int, default=1024, help="of the projected gradients")
+    options = parser.parse_args()
+    keep_compiled()
+    columns = run(options.workdir, options.step, options.dimension)
+    say(f"{len(columns['id'])} gradients: {options.workdir / 'gradients.parquet'}")
+
+
+if __name__ == "__main__":
+    run_main(main)
