@@ -27,12 +27,11 @@ from gemma_lora.data.pipeline import dataset, load_data
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import replace_file
 from gemma_lora.lora import LoRAConfig
-from gemma_lora.loss import Sweep
 from gemma_lora.metrics import say
 from gemma_lora.optim import optimizer
 from gemma_lora.outliers import read_examples
-from gemma_lora.sharding import batch_sharding, make_mesh, replicated, to_global
-from gemma_lora.step import init_state, make_eval_step, make_train_step
+from gemma_lora.sharding import make_mesh, to_global
+from gemma_lora.step import init_state, jit_eval_step, jit_train_step
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
 
 COLUMNS = ("id", "fold_loss", "fold_label")
@@ -81,10 +80,7 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
     made = parts(train_set, config, folds)
     paths = [workdir / "folds" / f"{k}_of_{folds}.parquet" for k in range(folds)]
     base = None
-    sweep = Sweep(**config.head)
-    evaluating = jax.jit(
-        make_eval_step(model, sweep, train_set.label_tokens), out_shardings=batch_sharding(mesh)
-    )
+    evaluating = jit_eval_step(model, config, train_set.label_tokens, mesh)
     for k, ((fit, held), path) in enumerate(zip(made, paths, strict=True)):
         if path.exists():
             say(f"   fold {k} of {folds}: kept from {path}")
@@ -94,11 +90,7 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
         total = fit.steps_per_epoch
         tx = optimizer(config.optim, total)
         state = init_state(model, tx, config.seed, mesh)
-        step = jax.jit(
-            make_train_step(model, tx, config.train.micro_batches, sweep, config.seed),
-            donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
-        )
+        step = jit_train_step(model, tx, config, state, mesh)
         for batch in fit.batches(0, total):
             state, sums = step(state, base, to_global(batch.arrays, mesh))
         loss = float(np.sum(jax.device_get(sums["nll"])) / np.sum(jax.device_get(sums["tokens"])))
