@@ -29,11 +29,10 @@ from gemma_lora.data.examples import check_vocabulary, tokenize
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError
 from gemma_lora.files import replace_file
-from gemma_lora.loss import Sweep
 from gemma_lora.metrics import finite, say
 from gemma_lora.model import no_wrap
-from gemma_lora.sharding import check_rows, make_mesh, replicated, to_global, tree_shardings
-from gemma_lora.step import make_eval_step
+from gemma_lora.sharding import check_rows, make_mesh, to_global, tree_shardings
+from gemma_lora.step import jit_eval_step
 from gemma_lora.tokenizer import Tokenizer
 from gemma_lora.weights import peft
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
@@ -253,10 +252,7 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     rows = shapes(found.examples, config.data)
     data = dataset(found.examples, config, rows, found.label_tokens, shuffle=False)
     distributed.agree("the data", data.fingerprint())
-    step = jax.jit(
-        make_eval_step(model, Sweep(**config.head), found.label_tokens),
-        out_shardings=replicated(mesh),
-    )
+    step = jit_eval_step(model, config, found.label_tokens, mesh)
     ledger = ledger_rows(step, lora, base, data, mesh, "eval", 0)
     if jax.process_index() == 0:
         write_ledger(out / "ledger" / "eval_000000.parquet", [ledger])

@@ -25,12 +25,11 @@ from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError
 from gemma_lora.evaluate import completion_part
 from gemma_lora.files import replace_file
-from gemma_lora.loss import Sweep
 from gemma_lora.metrics import say
 from gemma_lora.optim import optimizer
 from gemma_lora.reopen import reopen
-from gemma_lora.sharding import replicated, to_global
-from gemma_lora.step import init_state, make_eval_step, make_train_step
+from gemma_lora.sharding import to_global
+from gemma_lora.step import init_state, jit_eval_step, jit_train_step
 from gemma_lora.weights.pretrained import load_base
 
 COLUMNS = ("id", "fold_loss", "fold_label", "label_p")
@@ -75,10 +74,7 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
     distributed.agree("the data", train_set.fingerprint())
     done = distributed.from_first([path.exists() for path in paths])
     base = None
-    sweep = Sweep(**config.head)
-    evaluating = jax.jit(
-        make_eval_step(model, sweep, train_set.label_tokens), out_shardings=replicated(mesh)
-    )
+    evaluating = jit_eval_step(model, config, train_set.label_tokens, mesh)
     for k, ((fit, held), path, kept) in enumerate(zip(made, paths, done, strict=True)):
         if kept:
             say(f"   fold {k} of {folds}: kept from {path}")
@@ -88,11 +84,7 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
         total = fit.steps_per_epoch
         tx = optimizer(config.optim, total)
         state = init_state(model, tx, config.seed, mesh)
-        step = jax.jit(
-            make_train_step(model, tx, config.train.micro_batches, sweep, config.seed),
-            donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
-        )
+        step = jit_train_step(model, tx, config, state, mesh)
         for batch in fit.batches(0, total):
             state, sums = step(state, base, to_global(batch.arrays, mesh))
         loss = float(np.sum(jax.device_get(sums["nll"])) / np.sum(jax.device_get(sums["tokens"])))

@@ -1,10 +1,14 @@
 """Mesh and shardings: letters -> mesh axes -> NamedSharding trees; host rows -> global arrays."""
 
+import collections
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma_lora.errors import UserError
@@ -26,7 +30,9 @@ RULES: dict[str, tuple[str, ...]] = {
 def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
     """A mesh with axes data, fsdp, tensor; one size may be -1 and takes what is left.
 
-    Raises UserError when the sizes do not multiply to the number of devices.
+    Slices, which meet over the slow network between hosts alone, are laid along data as far as its
+    size shares factors with their number, then along fsdp, then tensor. Raises UserError when the
+    sizes do not multiply to the number of devices, or the slices differ in size.
     """
     devices = jax.devices() if devices is None else devices
     shape = [int(sizes[a]) for a in AXES]
@@ -40,7 +46,26 @@ def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
         raise UserError(
             f"mesh {got} needs {int(np.prod(shape))} devices, but there are {len(devices)}"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = collections.Counter(getattr(d, "slice_index", None) for d in devices)
+    if len(slices) < 2:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if len(set(slices.values())) > 1:
+        raise UserError(f"slices have {sorted(slices.values())} devices, expected equal numbers")
+    left, outer = len(slices), []
+    for size in shape:
+        outer.append(math.gcd(size, left))
+        left //= outer[-1]
+    inner = [n // m for n, m in zip(shape, outer, strict=True)]
+    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    return Mesh(grid, AXES, axis_types=types)
+
+
+def crossing(mesh: Mesh) -> str:
+    """', 2 slices along data' for a mesh over several slices, or ''."""
+    slices = np.vectorize(lambda d: getattr(d, "slice_index", 0) or 0)(mesh.devices)
+    along = [a for i, a in enumerate(AXES) if np.any(np.diff(slices, axis=i))]
+    return f", {len(np.unique(slices))} slices along {' and '.join(along)}" if along else ""
 
 
 def spec(letters: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -51,8 +76,8 @@ def spec(letters: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) ->
     parts: list[Any] = []
     taken: dict[str, str | None] = {}
     for letter, size in zip(letters, shape, strict=True):
-        axes = tuple(a for a in RULES.get(letter or "", ()) if mesh.shape[a] > 1)
-        if not axes or size % int(np.prod([mesh.shape[a] for a in axes])):
+        axes = _axes(letter, mesh)
+        if not axes or size % _ways(axes, mesh):
             parts.append(None)
             continue
         for a in axes:
@@ -64,6 +89,52 @@ def spec(letters: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) ->
             taken[a] = letter
         parts.append(axes if len(axes) > 1 else axes[0])
     return PartitionSpec(*parts)
+
+
+def _axes(letter: str | None, mesh: Mesh) -> tuple[str, ...]:
+    return tuple(a for a in RULES.get(letter or "", ()) if mesh.shape[a] > 1)
+
+
+def _ways(axes: tuple[str, ...], mesh: Mesh) -> int:
+    return math.prod(mesh.shape[a] for a in axes)
+
+
+def _boxes(boxed: Any) -> Iterator[tuple[str, nn.LogicallyPartitioned]]:
+    """('layers/mlp/up_proj/w', the leaf in its box) of a tree as Linen makes it."""
+    box = nn.LogicallyPartitioned
+    for path, leaf in jax.tree.leaves_with_path(boxed, is_leaf=lambda x: isinstance(x, box)):
+        yield "/".join(str(k.key) for k in path), leaf
+
+
+def unsplit(boxed: Any, mesh: Mesh) -> list[str]:
+    """'K=1 not over tensor=4 (params/layers/attn/k_proj/w and 3 more)' for every axis that the
+    rules split and whose size the mesh does not divide."""
+    found = collections.defaultdict(list)
+    for path, leaf in _boxes(boxed):
+        for letter, size in zip(leaf.names, leaf.value.shape, strict=True):
+            axes = _axes(letter, mesh)
+            if axes and size % _ways(axes, mesh):
+                over = ", ".join(f"{a}={mesh.shape[a]}" for a in axes)
+                found[f"{letter}={size} not over {over}"].append(path)
+    return [
+        f"{what} ({paths[0]}" + (f" and {len(paths) - 1} more)" if paths[1:] else ")")
+        for what, paths in found.items()
+    ]
+
+
+def bytes_a_device(x: Any) -> int:
+    """Of an array, or of a shape with a sharding."""
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def leaves(trees: Any) -> list[str]:
+    """One line for every leaf: its path, dtype and shape, partition, bytes a device and in all."""
+    return [
+        f"{jax.tree_util.keystr(path, simple=True, separator='/'):<56} "
+        f"{f'{x.dtype.name}{list(x.shape)}':<28} {tuple(x.sharding.spec)!s:<34} "
+        f"{bytes_a_device(x):>14,} of {math.prod(x.shape) * x.dtype.itemsize:,}"
+        for path, x in jax.tree.leaves_with_path(trees)
+    ]
 
 
 def tree_shardings(boxed: Any, mesh: Mesh) -> Any:

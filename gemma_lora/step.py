@@ -159,3 +159,23 @@ def make_eval_step(
         return out
 
     return step
+
+
+def jit_train_step(
+    model: Transformer, tx: optax.GradientTransformation, config: Any, state: State, mesh: Mesh
+) -> Callable[..., Any]:
+    """The training step of a config, jitted, which donates a state sharded like this one."""
+    micro_batches, sweep = config.train.micro_batches, Sweep(**config.head)
+    return jax.jit(
+        make_train_step(model, tx, micro_batches, sweep, config.seed),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
+    )
+
+
+def jit_eval_step(
+    model: Transformer, config: Any, label_tokens: tuple[int, ...], mesh: Mesh
+) -> Callable[..., Any]:
+    """The evaluation step of a config, jitted; every process gets the values of all rows."""
+    step = make_eval_step(model, Sweep(**config.head), label_tokens)
+    return jax.jit(step, out_shardings=replicated(mesh))

@@ -28,7 +28,6 @@ from gemma_lora.errors import UserError
 from gemma_lora.files import write_text
 from gemma_lora.interrupt import Interrupt
 from gemma_lora.lora import LoRAConfig, check_targets, count, from_base, on_original_base
-from gemma_lora.loss import Sweep
 from gemma_lora.metrics import (
     COPY,
     LEDGER,
@@ -44,8 +43,15 @@ from gemma_lora.metrics import (
     say,
 )
 from gemma_lora.optim import optimizer, schedule
-from gemma_lora.sharding import check_rows, make_mesh, replicated, to_global
-from gemma_lora.step import init_state, make_eval_step, make_train_step
+from gemma_lora.sharding import (
+    check_rows,
+    crossing,
+    make_mesh,
+    replicated,
+    to_global,
+    unsplit,
+)
+from gemma_lora.step import init_state, jit_eval_step, jit_train_step
 from gemma_lora.weights import peft
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
 from gemma_lora.workdir import claim, forget_after, require_space
@@ -101,8 +107,10 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
             "dtype": f"{config.dtype}, base matrices {config.quantize or config.dtype}, adapters "
             f"float32; remat {config.remat}",
             "attention": f"{how}, {why}" if why else how,
-            "devices": f"{device}, mesh {', '.join(f'{a}={n}' for a, n in mesh.shape.items())}; "
-            f"jax {made_with['versions']['jax']}",
+            "devices": f"{device}, mesh {', '.join(f'{a}={n}' for a, n in mesh.shape.items())}"
+            f"{crossing(mesh)}; jax {made_with['versions']['jax']}",
+            "whole on each device": "; ".join(unsplit(abstract, mesh))
+            or "nothing that was to be split",
         },
     )
 
@@ -154,17 +162,9 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
 
     # ---- compile once ---------------------------------------------------------------------------
     with mark("compile"):
-        sweep = Sweep(**config.head)
-        train_step = jax.jit(
-            make_train_step(model, tx, config.train.micro_batches, sweep, config.seed),
-            donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
-        )
+        train_step = jit_train_step(model, tx, config, state, mesh)
         train_step = Compiled(train_step, (state, base), (train_set,), mesh)
-        eval_step = jax.jit(
-            make_eval_step(model, sweep, train_set.label_tokens),
-            out_shardings=replicated(mesh),
-        )
+        eval_step = jit_eval_step(model, config, train_set.label_tokens, mesh)
         eval_step = Compiled(eval_step, (state.lora, base), (validation, probe, *whole), mesh)
     # Of the longest rows, the largest.
     memory = train_step.made[max(train_step.made)].memory_analysis()

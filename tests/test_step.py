@@ -106,53 +106,76 @@ def test_bfloat16_stays_near_float32():
 
 
 SHARDED = """
-import common, jax, jax.numpy as jnp, numpy as np, tiny
-import flax.linen as nn
+import common, re, jax, jax.numpy as jnp, numpy as np, tiny
+from gemma_lora.config import default
 from gemma_lora.loss import Sweep
 from gemma_lora.lora import LoRAConfig
-from gemma_lora.config import default
 from gemma_lora.optim import optimizer
-from gemma_lora.sharding import make_mesh, tree_shardings, to_global
+from gemma_lora.sharding import batch_sharding, make_mesh, tree_shardings, to_global
 from gemma_lora.step import State, make_train_step
 
 assert jax.device_count() == 8
 model, params = common.tiny_model("gemma3", LoRAConfig(4, 8.0, 0.0))
 boxed = model.abstract()
 tx = optimizer(default().optim, 10)
-tokens = tiny.tokens(0, rows=8)
+tokens = tiny.tokens(0, rows=16)
 batch = jax.device_get(common.batch_of(tokens, tiny.loss_mask(tokens.shape), 24))
-results = []
-for sizes in ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)):
+rows, length = tokens.shape
+rows //= 2  # of a micro-batch
+results, peaks = {}, {}
+for sizes in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 2, 1)):
     n = int(np.prod(sizes))
     mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes)), jax.devices()[:n])
-    base = jax.device_put(jax.device_get(params), tree_shardings(boxed["params"], mesh))
-    lora = jax.device_put(common.adapter("gemma3"), tree_shardings(boxed["lora"], mesh))
-    if n > 1 and sizes[1] > 1:
-        leaf = base["layers"]["mlp"]["up_proj"]["w"]
-        assert leaf.addressable_shards[0].data.size * sizes[1] * sizes[2] == leaf.size
+    where = {k: tree_shardings(boxed[k], mesh) for k in ("params", "lora")}
+    base = jax.device_put(jax.device_get(params), where["params"])
+    lora = jax.device_put(common.adapter("gemma3"), where["lora"])
     state = State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
     arrays = to_global(batch, mesh)
     floor = 1e-30 if n > 1 else 0.0  # so low that no chunk is passed over
     step = jax.jit(make_train_step(model.clone(mesh=mesh), tx, 2, Sweep(16, floor), 0))
     step = step.lower(state, base, arrays).compile()
+    (in_state, in_base, in_batch), _ = step.input_shardings
+    same = lambda x, got, want: got.is_equivalent_to(want, x.ndim)
+    assert all(jax.tree.leaves(jax.tree.map(same, base, in_base, where["params"])))
+    assert all(jax.tree.leaves(jax.tree.map(same, lora, in_state.lora, where["lora"])))
+    assert all(same(arrays[k], in_batch[k], batch_sharding(mesh)) for k in arrays)
+    up = base["layers"]["mlp"]["up_proj"]["w"]  # of D and F, split over fsdp and tensor
+    assert np.prod(in_base["layers"]["mlp"]["up_proj"]["w"].shard_shape(up.shape)) * (
+        sizes[1] * sizes[2]) == up.size
+    # The activations: a device multiplies its own rows, and with tensor its own part of F.
+    arch, text = model.arch, step.as_text()
+    ways = sizes[0] * sizes[1]
+    mine = lambda rows, width: re.search(rf"f32\\[{rows},{length},{width}\\]", text)
+    assert mine(rows // ways, arch.embed) and mine(rows // ways, arch.hidden // sizes[2])
+    if ways > 1:
+        assert not mine(rows, arch.embed) and not mine(rows, arch.hidden)
+    if sizes[2] > 1:
+        assert not mine(rows // ways, arch.hidden)
     # Each device's own words of the table, a chunk at a time: the table is nowhere gathered.
-    whole = f"f32[{model.arch.vocab},{model.arch.embed}]"
-    gathered = [x for x in step.as_text().splitlines() if " all-gather" in x and whole in x]
+    whole = f"f32[{arch.vocab},{arch.embed}]"
+    gathered = [x for x in text.splitlines() if " all-gather" in x and whole in x]
     assert not gathered, gathered
+    memory = step.memory_analysis()
+    peaks[sizes] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     state, metrics = step(state, base, arrays)
-    results.append(jax.device_get((metrics, state.opt_state)))
+    results[sizes] = jax.device_get((metrics, state.opt_state))
 loss = lambda r: float(r[0]["nll"].sum() / r[0]["tokens"].sum())
-for r in results[1:]:
-    assert abs(loss(r) / loss(results[0]) - 1) < 1e-5, (loss(r), loss(results[0]))
-    for a, b in zip(jax.tree.leaves(r[1]), jax.tree.leaves(results[0][1])):
+alone = results.pop((1, 1, 1))
+for r in results.values():
+    assert abs(loss(r) / loss(alone) - 1) < 1e-5, (loss(r), loss(alone))
+    for a, b in zip(jax.tree.leaves(r[1]), jax.tree.leaves(alone[1])):
         scale = np.max(np.abs(b)) + 1e-30
         assert np.max(np.abs(a - b)) / scale < 1e-5, np.max(np.abs(a - b)) / scale
+falling = [peaks[1, n, 1] for n in (1, 2, 8)]
+assert all(b < 0.75 * a for a, b in zip(falling, falling[1:])), falling
+assert all(p < 0.4 * falling[0] for s, p in peaks.items() if np.prod(s) == 8), peaks
 print("equal")
 """
 
 
 def test_sharded_on_eight_devices_equals_one_device():
-    """Loss and Adam's first moments (the gradients) for four meshes, in a process of its own."""
+    """Loss and Adam's first moments (the gradients) for six meshes, in a process of its own; the
+    weights, the batch and the activations are split, and a device holds less the more there are."""
     common.on_eight_devices(SHARDED)
 
 

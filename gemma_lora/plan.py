@@ -1,0 +1,362 @@
+"""Will it fit, how long, how much: a run's steps compiled for devices that need not be there.
+
+    python -m gemma_lora.plan --config configs/x.py --topology v5e:2x2,v5e:4x4,v5p:2x2x1
+        [--examples N] [--prices FILE] [--largest] [--leaves] [--json] [--config.key=value ...]
+
+needs the package libtpu and no TPU; --topology cpu:8 takes eight devices of this host. It reads
+neither weights nor data sets (of a data.path it counts the examples). A price file:
+{"source": "https://...", "date": "2026-01-31", "currency": "USD", "chip_hour": {"v5e": 1.2}}.
+"""
+
+import datetime
+import json
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+
+from gemma_lora import ahead
+from gemma_lora.arch import Arch, get_arch
+from gemma_lora.attention import choose
+from gemma_lora.config import parse_flags
+from gemma_lora.data import sources
+from gemma_lora.data.pipeline import in_steps
+from gemma_lora.errors import UserError, nearest, run_main
+from gemma_lora.sharding import bytes_a_device, check_rows, leaves, make_mesh, unsplit
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """A chip's peaks, as its maker states them."""
+
+    hbm: int  # bytes
+    flops: float  # a second, bfloat16
+    traffic: float  # bytes a second from and to HBM
+    sent: float  # bytes a second to other chips, over all links
+    source: str
+
+
+CHIPS = {
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9, "https://docs.cloud.google.com/tpu/docs/v5e"),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, "https://docs.cloud.google.com/tpu/docs/v5p"),
+    "v6e": Chip(32 * GIB, 918e12, 1640e9, 448e9, "https://docs.cloud.google.com/tpu/docs/v6e"),
+}
+ASSUMPTIONS = (
+    "step: the longest of products, HBM traffic and collectives, each at the chip's stated peak "
+    "and all at once; a real step takes longer",
+    "products: those of the compiled program, loops counted in full; the attention kernel's by the "
+    "pairs of positions that see each other",
+    "HBM: what the program's operations read and write; sent: by the algorithm on a ring, over all "
+    "links of the chip, each way",
+    "hours: every row full, one example a row; evaluations among them; no start, no compilation, "
+    "no waiting for data",
+)
+
+
+class Job(NamedTuple):
+    """What is planned: a config on one topology."""
+
+    arch: Arch
+    config: Any
+    topology: str
+
+    @property
+    def chip(self) -> Chip | None:
+        return CHIPS.get(self.topology.partition(":")[0])
+
+
+def plan(job: Job, examples: int | None, prices: dict[str, Any] | None) -> dict[str, Any]:
+    """One row of the table. `error`: why the config cannot run on the topology, and nothing else.
+
+    examples: rows that are trained on and held out, None: not known. Bytes, floating point
+    operations and seconds are of one device and one step.
+    """
+    data, chip = job.config.data, job.chip
+    row: dict[str, Any] = {"topology": job.topology}
+    try:
+        mesh = _mesh(job)
+        check_rows(data.batch_size, mesh)
+    except UserError as e:
+        return row | {"error": str(e)}
+    dtype = jax.numpy.dtype(job.config.dtype)
+    how, why = choose(job.config.attention, job.arch, dtype, data.seq_len, mesh)
+    trees = ahead.shapes(job.arch, job.config, mesh, data.batch_size, data.seq_len)
+    model = ahead.abstract(job.arch, job.config, mesh)
+    row |= {
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "batch": [data.batch_size, data.seq_len],
+        "attention": f"{how}, {why}" if why else how,
+        "head": f"swept in chunks of {job.config.head.chunk} words",
+        "whole": unsplit(model, mesh),
+        "trees": {k: sum(map(bytes_a_device, jax.tree.leaves(v))) for k, v in trees.items()},
+        "hbm": chip and chip.hbm,
+    }
+    size = data.batch_size
+    row["train"] = _facts(job, mesh, size, "train")
+    row["peak"] = _peak(row["train"])
+    row["fits"] = None if chip is None else row["peak"] <= chip.hbm and not _refused(row["train"])
+    if _refused(row["train"]):
+        return row
+    row["eval"] = _facts(job, mesh, size, "eval")
+    # While an evaluation runs, the optimizer's state is held, too.
+    state = row["trees"]["state"] - _lora(trees)
+    row["eval_peak"] = _peak(row["eval"]) + (0 if _refused(row["eval"]) else state)
+    if chip:
+        row["fits"] &= row["eval_peak"] <= chip.hbm and not _refused(row["eval"])
+        row |= _time(job, mesh, row, chip, examples, prices)
+    return row
+
+
+def _mesh(job: Job):
+    return make_mesh(job.config.mesh, ahead.devices_of(job.topology))
+
+
+def _lora(trees: dict[str, Any]) -> int:
+    return sum(map(bytes_a_device, jax.tree.leaves(trees["state"].lora)))
+
+
+def _facts(job: Job, mesh: Any, rows: int, step: str) -> dict[str, Any]:
+    length = job.config.data.seq_len
+    return ahead.facts(job.arch, job.config, job.topology, mesh, rows, length, step)
+
+
+def _refused(facts: dict[str, Any]) -> bool:
+    return "too_large" in facts
+
+
+def _peak(facts: dict[str, Any]) -> int:
+    if _refused(facts):
+        return facts["needs"]
+    return sum(facts[k] for k in ("arguments", "temporaries", "outputs", "code"))
+
+
+def largest(job: Job) -> dict[str, Any]:
+    """The most rows a device that fit a training step: {'rows': fits, 'too_many': does not}.
+
+    Between two sizes whose memory is known it compiles where a line through them meets the chip's
+    memory, until they are neighbours.
+    """
+    mesh, chip = _mesh(job), job.chip
+    if chip is None:
+        raise UserError(f"--largest: the memory of a {job.topology} is not known")
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    known: dict[int, int] = {}
+
+    def fits(rows: int) -> bool:
+        found = _facts(job, mesh, rows * ways, "train")
+        known[rows] = _peak(found)
+        return known[rows] <= chip.hbm and not _refused(found)
+
+    low, high = 0, max(1, job.config.data.batch_size // ways)
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        at = (low + high) // 2
+        if low:
+            slope = (known[high] - known[low]) / (high - low)
+            at = low + int((chip.hbm - known[low]) / slope) if slope > 0 else at
+        at = min(max(at, low + 1), high - 1)
+        low, high = (at, high) if fits(at) else (low, at)
+    return {"rows": low, "too_many": high, "peak": known.get(low), "ways": ways}
+
+
+def _time(
+    job: Job, mesh: Any, row: dict[str, Any], chip: Chip, examples: int | None, prices: Any
+) -> dict[str, Any]:
+    config, arch = job.config, job.arch
+    rows, length = row["batch"]
+    bounds = {}
+    for step in ahead.STEPS:
+        if _refused(row[step]):
+            return {}
+        flops = row[step]["flops"] + _attention_flops(row[step], arch, mesh, rows, length)
+        row[step]["flops"], row[step]["sent_bytes"] = flops, sum(row[step]["sent"].values())
+        bounds[step] = {
+            "products": flops / chip.flops,
+            "HBM": row[step]["traffic"] / chip.traffic,
+            "collectives": row[step]["sent_bytes"] / chip.sent,
+        }
+    seconds = {k: max(v.values()) for k, v in bounds.items()}
+    out: dict[str, Any] = {
+        "seconds": seconds,
+        "bounds": bounds,
+        "bound": max(bounds["train"], key=bounds["train"].get),
+        "tokens_a_second": rows * length / seconds["train"],
+        "hours": None,
+        "money": None,
+    }
+    if examples is None and not config.train.max_steps:
+        return out
+    steps, evals = _steps(config, examples)
+    out["steps"], out["eval_steps"] = steps, evals
+    out["hours"] = (steps * seconds["train"] + evals * seconds["eval"]) / 3600
+    price = prices and prices["chip_hour"].get(job.topology.partition(":")[0])
+    if price is not None:
+        out["money"] = out["hours"] * mesh.size * price
+    return out
+
+
+def _attention_flops(facts: dict[str, Any], arch: Arch, mesh: Any, rows: int, length: int) -> float:
+    """Of the splash kernels, mean over the layers' local and global ones."""
+
+    def pairs(back: int) -> int:
+        return sum(min(i + 1, back) for i in range(length))
+
+    seen = [pairs(arch.window if local else length) for local in arch.is_local]
+    sizes = ahead.letter_sizes(arch, mesh, rows, length)
+    each = 2 * sum(seen) / len(seen) * sizes["B"] * sizes["N"] * arch.head_dim
+    return facts["attention"] * each
+
+
+def _steps(config: Any, examples: int | None) -> tuple[int, int]:
+    """(training steps, evaluation steps of both fixed sets) of a run to its end."""
+    data, train = config.data, config.train
+    held = 0 if data.validation_path else round((examples or 0) * data.validation_fraction)
+    each = max(1, ((examples or 0) - held) // data.batch_size)
+    total = train.max_steps or train.epochs * each
+    fixed = min(held, train.eval_examples or held)
+    times = 1 + math.ceil(total / in_steps(train.eval_every, each))
+    return total, 2 * times * -(-fixed // data.batch_size)
+
+
+def count_examples(config: Any) -> int | None:
+    """The rows of data.path; None where the config names a source, which would be fetched."""
+    if not config.data.path:
+        return None
+    return len(sources.read("", config.data.path, config.data.limit))
+
+
+def read_prices(path: str) -> dict[str, Any]:
+    """The price file; UserError for one that lacks what a price needs to be believed."""
+    try:
+        found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        datetime.date.fromisoformat(found["date"])
+        good = all(isinstance(found[k], str) and found[k] for k in ("source", "currency"))
+        chips = found["chip_hour"]
+        good = good and all(isinstance(v, int | float) and v >= 0 for v in chips.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"price file {path}: {type(e).__name__}: {e}; {_PRICES}") from e
+    if not good:
+        raise UserError(f"price file {path}: {_PRICES}")
+    if unknown := sorted(set(chips) - set(CHIPS)):
+        raise UserError(f"price file {path}: chip {unknown[0]!r}, {nearest(unknown[0], CHIPS)}")
+    return found
+
+
+_PRICES = (
+    "expected source, date (year-month-day) and currency as texts, and chip_hour: "
+    '{"v5e": price of a chip and hour}'
+)
+
+
+def table(rows: list[dict[str, Any]], prices: dict[str, Any] | None) -> str:
+    """The rows as text: one line a topology, then what the columns leave out."""
+    memory = "GiB a chip = arguments + temporaries + outputs + code"
+    heads = ["topology", "fits", memory, "eval GiB", "TFLOP", "HBM GB", "sent GB", "step ms",
+             "tokens/s", "hours", "money"]  # fmt: skip
+    lines, notes = [heads], []
+    for row in rows:
+        name = row["topology"]
+        if "error" in row:
+            lines.append([name, "cannot run: below"])
+            notes.append(f"{name}: {row['error']}")
+            continue
+        if _refused(row["train"]):
+            over = row["peak"] - row["train"]["available"]
+            lines.append([name, f"no, by {over / GIB:.2f} GiB", f"{row['peak'] / GIB:.2f}"])
+            notes.append(f"{name}: the compiler: {row['train']['too_large']}")
+        else:
+            lines.append(_cells(row, prices))
+        trees = ", ".join(f"{k} {v / GIB:.3f}" for k, v in row["trees"].items())
+        notes += [
+            f"{name}: {row['devices']} devices, mesh "
+            f"{', '.join(f'{a}={n}' for a, n in row['mesh'].items())}; batch "
+            f"{row['batch'][0]} x {row['batch'][1]}; attention {row['attention']}; head "
+            f"{row['head']}; sharded trees, GiB a device: {trees}",
+            *(f"{name}: whole on each device: {what}" for what in row["whole"]),
+        ]
+        if sent := row["train"].get("sent"):
+            kinds = ", ".join(f"{k} {v / 1e9:.3f}" for k, v in sorted(sent.items()) if v)
+            notes.append(f"{name}: sent GB a training step: {kinds or 'nothing'}")
+        if found := row.get("largest"):
+            notes.append(
+                f"{name}: the largest batch: {found['rows']} rows a device x {found['ways']} "
+                f"({found['too_many']} do not fit)"
+            )
+    width = [max(len(x[i]) for x in lines if i < len(x)) for i in range(len(heads))]
+    text = ["  ".join(c.ljust(w) for c, w in zip(x, width, strict=False)).rstrip() for x in lines]
+    chips = {k: v for k, v in CHIPS.items() if any(r["topology"].startswith(k) for r in rows)}
+    notes += [
+        f"{k}: {v.hbm / GIB:.0f} GiB, {v.flops / 1e12:.0f} TFLOP/s, {v.traffic / 1e9:.0f} and "
+        f"{v.sent / 1e9:.0f} GB/s, by {v.source}"
+        for k, v in chips.items()
+    ]
+    notes += [f"{x}" for x in ASSUMPTIONS]
+    if prices:
+        notes.append(f"prices: {prices['source']}, {prices['date']}")
+    return "\n".join([*text, "", *notes])
+
+
+def _cells(row: dict[str, Any], prices: dict[str, Any] | None) -> list[str]:
+    train, chip = row["train"], row["hbm"]
+    kinds = ("arguments", "temporaries", "outputs", "code")
+    parts = " + ".join(f"{train[k] / GIB:.2f}" for k in kinds)
+    over = max(row["peak"], row["eval_peak"]) - (chip or 0)
+    fits = (
+        "memory not known" if chip is None else "yes" if row["fits"] else f"no, by {over / GIB:.2f}"
+    )
+    cells = [row["topology"], fits, f"{row['peak'] / GIB:.2f} = {parts}"]
+    cells += [f"{row['eval_peak'] / GIB:.2f}", f"{train['flops'] / 1e12:.3f}"]
+    cells += [f"{train['traffic'] / 1e9:.1f}", f"{sum(train['sent'].values()) / 1e9:.2f}"]
+    if "seconds" not in row:
+        return [*cells, "no peaks known"]
+    hours, money = row["hours"], row["money"]
+    cells += [f"{1e3 * row['seconds']['train']:.1f} ({row['bound']})"]
+    cells += [f"{row['tokens_a_second']:,.0f}"]
+    cells += ["--examples not given" if hours is None else f"{hours:.3f}"]
+    unknown = "no price" if hours is not None else "no price" if not prices else "no hours"
+    return [*cells, unknown if money is None else f"{money:.2f} {prices['currency']}"]
+
+
+def main() -> None:
+    # Defined here: tests import this module beside others and must not take these flags.
+    flags.DEFINE_list("topology", None, "Topologies: v5e:2x2,v5p:2x2x1 or cpu:8.")
+    flags.DEFINE_integer("examples", None, "Examples of the data set, where it is not read.", 1)
+    flags.DEFINE_string("prices", None, "A file of dated prices a chip and hour.")
+    flags.DEFINE_bool("largest", False, "Also search the largest batch that fits: more compiles.")
+    flags.DEFINE_bool("leaves", False, "Print every leaf's partition and bytes; compile nothing.")
+    flags.DEFINE_bool("json", False, "Print JSON instead of the table.")
+    config = parse_flags(("config", "topology"))
+    asked = flags.FLAGS
+    hosts = [t.partition(":")[2] for t in asked.topology if t.startswith("cpu:")]
+    jax.config.update("jax_platforms", "cpu")  # nothing is run; a TPU that is here stays free
+    if hosts:
+        jax.config.update("jax_num_cpu_devices", max(int(n) for n in hosts if n.isdigit()))
+    if config.arch == "auto":
+        raise UserError("arch is 'auto', which the weights would say; give --config.arch")
+    jobs = [Job(get_arch(config.arch), config, topology) for topology in asked.topology]
+    if asked.leaves:
+        for job in jobs:
+            mesh, data = _mesh(job), config.data
+            trees = ahead.shapes(job.arch, config, mesh, data.batch_size, data.seq_len)
+            print(f"{job.topology}: bytes a device", *leaves(trees), sep="\n")
+        return
+    prices = read_prices(asked.prices) if asked.prices else None
+    examples = asked.examples or count_examples(config)
+    rows = []
+    for job in jobs:
+        rows.append(plan(job, examples, prices))
+        if asked.largest and "error" not in rows[-1]:
+            rows[-1]["largest"] = largest(job)
+    if asked.json:
+        print(json.dumps({"rows": rows, "assumptions": ASSUMPTIONS, "prices": prices}, indent=2))
+    else:
+        print(table(rows, prices))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,129 @@
+"""What is read from the text of a program, against what is known of the program."""
+
+import common
+import pytest
+
+from gemma_lora import hlo
+
+# A loop of 3 that takes a slice of w and gathers it, in pieces that two fusions share.
+LOOP = """HloModule loop
+
+%slice (p0: bf16[4,8,16], p1: s32[]) -> bf16[1,8,16] {
+  %p0 = bf16[4,8,16]{2,1,0} parameter(0)
+  %p1 = s32[]{:S(2)} parameter(1)
+  ROOT %part = bf16[1,8,16]{2,1,0} dynamic-slice(%p0, %p1, %p1, %p1), dynamic_slice_sizes={1,8,16}
+}
+
+%nested (p0.1: bf16[4,8,16], p1.1: s32[]) -> f32[1,8,16] {
+  %p0.1 = bf16[4,8,16]{2,1,0} parameter(0)
+  %p1.1 = s32[]{:S(2)} parameter(1)
+  %inner = bf16[1,8,16]{2,1,0} fusion(%p0.1, %p1.1), kind=kLoop, calls=%slice
+  ROOT %wide = f32[1,8,16]{2,1,0} convert(%inner)
+}
+
+%start (s: bf16[1,8,16]) -> (bf16[1,8,16], bf16[4,8,16]) {
+  %s = bf16[1,8,16]{2,1,0} parameter(0)
+  %all-gather.1 = bf16[4,8,16]{2,1,0} all-gather(%s), channel_id=7, replica_groups={{0,1,2,3}}
+  ROOT %both = (bf16[1,8,16]{2,1,0}, bf16[4,8,16]{2,1,0}) tuple(%s, %all-gather.1)
+}
+
+%done (d: bf16[1,8,16]) -> bf16[4,8,16] {
+  %d = bf16[1,8,16]{2,1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[4,8,16]{2,1,0:S(1)} all-gather(%d), channel_id=7, replica_groups=[1,4]
+}
+
+%body (x: (s32[], bf16[4,8,16])) -> (s32[], bf16[4,8,16]) {
+  %x = (s32[]{:S(2)}, bf16[4,8,16]{2,1,0}) parameter(0)
+  %i = s32[]{:S(2)} get-tuple-element(%x), index=0
+  %w = bf16[4,8,16]{2,1,0} get-tuple-element(%x), index=1
+  %f = f32[1,8,16]{2,1,0} fusion(%w, %i), kind=kLoop, calls=%nested
+  %h = bf16[1,8,16]{2,1,0:S(1)} convert(%f)
+  %g = (bf16[1,8,16]{2,1,0}, bf16[4,8,16]{2,1,0}) fusion(%h), kind=kCustom, calls=%start
+  %k = bf16[4,8,16]{2,1,0} fusion(%h), kind=kCustom, calls=%done
+  %one = s32[]{:S(2)} constant(1)
+  %next = s32[]{:S(2)} add(%i, %one)
+  ROOT %out = (s32[]{:S(2)}, bf16[4,8,16]{2,1,0}) tuple(%next, %w)
+}
+
+%less (y: (s32[], bf16[4,8,16])) -> pred[] {
+  %y = (s32[], bf16[4,8,16]{2,1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%y), index=0
+  %limit = s32[] constant(3)
+  ROOT %lt = pred[] compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (a: (s32[], bf16[4,8,16])) -> (s32[], bf16[4,8,16]) {
+  %a = (s32[], bf16[4,8,16]{2,1,0}) parameter(0)
+  ROOT %loop = (s32[], bf16[4,8,16]{2,1,0}) while(%a), condition=%less, body=%body
+}
+"""
+
+
+def test_a_loop_of_slices_that_are_gathered():
+    program = hlo.parse(LOOP)
+    assert program.unknown == 0
+    (one,) = hlo.collectives(program)
+    assert (one.kind, one.ways, one.times, one.in_loop) == ("all-gather", 4, 3, True)
+    assert one.bytes == 3 * 3 / 4 * 4 * 8 * 16 * 2  # three times three quarters of [4,8,16]
+    # A slice in bfloat16 is read, and written in float32; that is read again; what is gathered
+    # is written, once, and the rest is on the chip.
+    part = 8 * 16
+    assert hlo.traffic(program) == 3 * (2 * part + 4 * part + 4 * part + 4 * 2 * part)
+
+
+def test_a_loop_of_unknown_length_counts_once_and_is_told():
+    program = hlo.parse(LOOP.replace("s32[] constant(3)", "s32[] get-tuple-element(%y), index=0"))
+    assert program.unknown == 1
+    assert [c.times for c in hlo.collectives(program)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ways", "part"),
+    [
+        ("all-gather", 4, 3 / 4),
+        ("all-reduce", 4, 2 * 3 / 4),
+        ("reduce-scatter", 4, 3),
+        ("all-to-all", 8, 7 / 8),
+        ("collective-permute", 2, 1),
+    ],
+)
+def test_bytes_on_a_ring(kind, ways, part):
+    x = hlo.Array("f32", (16, 2), False)
+    assert hlo.Collective(kind, (x, x), ways, 5, "").bytes == pytest.approx(5 * 2 * 128 * part)
+
+
+COMPILED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from gemma_lora import hlo
+from gemma_lora.sharding import make_mesh
+
+mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+
+def local(x, w):
+    def step(x, w):
+        whole = jax.lax.all_gather(w, "fsdp", axis=0, tiled=True)  # [64,64]
+        y = jnp.einsum("BD,DF->BF", x, whole)
+        return jax.lax.psum(y, "tensor"), None
+    x, _ = jax.lax.scan(step, x, w)
+    return jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)])
+
+f = jax.shard_map(local, mesh=mesh, in_specs=(P("fsdp"), P(None, "fsdp")), out_specs=P("fsdp"),
+                  check_vma=False)
+text = jax.jit(f).lower(jnp.ones((32, 64)), jnp.ones((5, 64, 64))).compile().as_text()
+program = hlo.parse(text)
+assert program.unknown == 0
+flops = hlo.products(program, {})
+assert list(flops.values()) == [5 * 2 * 8 * 64 * 64], flops
+sent = {c.kind: (c.ways, c.times, c.bytes) for c in hlo.collectives(program)}
+assert sent == {
+    "all-gather": (4, 5, 5 * 3 / 4 * 64 * 64 * 4),
+    "all-reduce": (2, 5, 5 * 2 / 2 * 8 * 64 * 4),
+    "collective-permute": (2, 1, 8 * 64 * 4),
+}, sent
+print("equal")
+"""
+
+
+def test_products_and_collectives_of_a_program_compiled_for_cpus():
+    common.on_eight_devices(COMPILED)

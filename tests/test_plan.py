@@ -1,0 +1,217 @@
+"""The plan of a run: its memory against real trees, its arithmetic against that done by hand."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import common
+import jax
+import pytest
+import tiny
+
+from gemma_lora import ahead, hlo, plan
+from gemma_lora.arch import Arch
+from gemma_lora.config import default
+from gemma_lora.errors import UserError
+from gemma_lora.sharding import bytes_a_device, make_mesh
+
+
+def config_of(**changes):
+    c = default()
+    c.update_from_flattened_dict({"data.seq_len": 32, "data.batch_size": 8, "dtype": "float32"})
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+ON_CPUS = """
+import common, jax, os, tempfile
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
+from gemma_lora import ahead
+from gemma_lora.lora import LoRAConfig
+from gemma_lora.optim import optimizer
+from gemma_lora.plan import Job, plan, table
+from gemma_lora.sharding import make_mesh, tree_shardings
+from gemma_lora.step import init_state
+from gemma_lora.weights.pretrained import build_model
+from test_plan import config_of
+
+arch = common.tiny_arch("gemma3")
+c = config_of(**{"mesh.tensor": 4})
+row = plan(Job(arch, c, "cpu:8"), 100, None)
+assert row["fits"] is None and row["devices"] == 8 and "seconds" not in row
+assert [x.partition(" ")[0] for x in row["whole"]] == ["K=2"]
+
+mesh = make_mesh(c.mesh)
+model = build_model(arch, c, LoRAConfig(**c.lora), mesh)
+params = jax.device_get(common.tiny_params("gemma3"))
+base = jax.device_put(params, tree_shardings(model.abstract()["params"], mesh))
+state = init_state(model, optimizer(c.optim, 10), 0, mesh)
+held = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+assert row["trees"]["base"] == held(base) and row["trees"]["state"] == held(state)
+true = held((base, state)) + 6 * 4 * 8 * 32 // 2  # six arrays of 4 bytes, 8 rows over fsdp 2
+assert abs(row["train"]["arguments"] / true - 1) < 0.01, (row["train"]["arguments"], true)
+assert row["train"]["flops"] > 2.5 * row["eval"]["flops"] > 0
+assert row["train"]["sent"]["all-gather"] > 0
+
+ahead.lowered = None  # from now on nothing can be compiled
+again = plan(Job(arch, c, "cpu:8"), 100, None)
+assert again == row
+assert "memory not known" in table([row], None)
+odd = plan(Job(arch, config_of(**{"data.batch_size": 6}), "cpu:4"), None, None)
+assert "multiple of 4" in odd["error"] and "cannot run" in table([odd], None)
+print("equal")
+"""
+
+
+def test_arguments_are_the_bytes_of_the_sharded_trees():
+    """And the second plan is read from disk."""
+    common.on_eight_devices(ON_CPUS)
+
+
+FOUND = {
+    "arguments": 4 * 2**30, "temporaries": 2**30, "outputs": 0, "code": 0, "flops": 197e12 / 2,
+    "attention": 0, "traffic": 819e9 / 4, "sent": {"all-gather": 200e9 * 0.75}, "unknown_loops": 0,
+    "seconds": 1.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """A job whose programs take known amounts, on one absent chip."""
+    monkeypatch.setattr(ahead, "devices_of", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr(
+        ahead, "facts", lambda *a: {k: v / 4 if k == "flops" else v for k, v in FOUND.items()}
+    )
+    c = config_of(**{"train.epochs": 2, "train.eval_every": 0.5, "data.validation_fraction": 0.2})
+    return plan.Job(common.tiny_arch("gemma3"), c, "v5e:1x1")
+
+
+PRICES = {
+    "source": "https://a.b", "date": "2026-01-31", "currency": "USD", "chip_hour": {"v5e": 36.0}
+}  # fmt: skip
+
+
+def test_time_and_money_by_hand(job):
+    """Collectives bound both steps: 0.75 s. Of 1,000 examples 800 train: 2 x 100 steps; 200 are
+    held out: 5 evaluations of 2 sets of 25 batches. 450 steps are 337.5 s."""
+    row = plan.plan(job, 1000, PRICES)
+    assert row["fits"] and row["bound"] == "collectives"
+    assert row["bounds"]["train"] == {"products": 0.125, "HBM": 0.25, "collectives": 0.75}
+    assert (row["steps"], row["eval_steps"]) == (200, 250)
+    assert row["hours"] == pytest.approx(337.5 / 3600)
+    assert row["money"] == pytest.approx(337.5 / 100)
+    assert row["tokens_a_second"] == pytest.approx(8 * 32 / 0.75)
+    text = plan.table([row], PRICES)
+    assert "3.38 USD" in text and "https://a.b, 2026-01-31" in text
+
+
+def test_nothing_is_assumed_that_was_not_given(job):
+    row = plan.plan(job, None, None)
+    assert row["hours"] is None and row["money"] is None
+    assert "--examples not given" in plan.table([row], None) and "no price" in plan.table(
+        [row], None
+    )
+    row = plan.plan(job, 1000, PRICES | {"chip_hour": {"v6e": 1.0}})
+    assert row["hours"] and row["money"] is None and "no price" in plan.table([row], PRICES)
+
+
+def test_a_run_that_does_not_fit_says_by_how_much(job, monkeypatch):
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (24.50G) exceeds available HBM (15.75G). HLO module: jit_step."
+    )
+    refused = ahead._refusal(message)
+    assert refused["needs"] == 24.5 * 2**30 and refused["available"] == 15.75 * 2**30
+    assert ahead._refusal("Ran out of memory. Used 20.00G of 15.75G hbm.")["needs"] == 20 * 2**30
+    assert ahead._refusal("INVALID_ARGUMENT") == {}
+    monkeypatch.setattr(ahead, "facts", lambda *a: refused)
+    row = plan.plan(job, 1000, None)
+    assert row["fits"] is False
+    assert "no, by 8.75 GiB" in plan.table([row], None)
+
+
+@pytest.mark.parametrize("most", [1, 7, 8, 53, 1000])
+def test_the_largest_batch_is_found_in_few_compiles(job, monkeypatch, most):
+    """Memory is a line with a step; what is too large is refused without a number in GiB."""
+    tried = []
+
+    def facts(arch, config, topology, mesh, rows, length, step):
+        tried.append(rows)
+        if rows > most:
+            return ahead._refusal(f"Used {16 + (rows - most) / 64:.2f}G of 15.75G hbm")
+        return FOUND | {"temporaries": 2**30 + rows * (11 * 2**30 // (most + 1))}
+
+    monkeypatch.setattr(ahead, "facts", facts)
+    found = plan.largest(job)
+    assert (found["rows"], found["too_many"]) == (most, most + 1)
+    assert len(tried) == len(set(tried)) <= 12, tried
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ({"date": "soon"}, "date"),
+        ({"source": ""}, "expected source"),
+        ({"chip_hour": {"v5e": "cheap"}}, "expected source"),
+        ({"chip_hour": {"v5f": 1.0}}, "v5e"),
+    ],
+)
+def test_prices_without_a_date_or_source_are_refused(tmp_path, change, hint):
+    file = tmp_path / "prices.json"
+    file.write_text(json.dumps(PRICES))
+    assert plan.read_prices(str(file)) == PRICES
+    file.write_text(json.dumps(PRICES | change))
+    with pytest.raises(UserError, match=hint):
+        plan.read_prices(str(file))
+
+
+def test_leaves_on_the_command_line():
+    """[18,640,2048] bfloat16 of up_proj over two devices."""
+    line = "-m gemma_lora.plan --config configs/gemma3_270m_gsm8k.py --topology cpu:2 --leaves"
+    done = subprocess.run([sys.executable, *line.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (up,) = [x for x in done.stdout.splitlines() if x.startswith("base/layers/mlp/up_proj/w ")]
+    assert up.split()[-3:] == ["23,592,960", "of", "47,185,920"]
+    wrong = subprocess.run([sys.executable, *line.replace("cpu:2", "cpu:x").split()],
+                           capture_output=True, text=True)  # fmt: skip
+    assert wrong.returncode == 2 and "topology 'cpu:x'" in wrong.stderr
+
+
+SMALL = tiny.TINY["gemma2"] | {
+    "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "head_dim": 128,
+    "num_key_value_heads": 2, "num_hidden_layers": 4, "sliding_window": 128, "vocab_size": 4096,
+}  # fmt: skip
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the TPU's compiler, is not installed",
+)
+def test_no_whole_weight_and_no_logits_in_the_program_for_a_tpu():
+    """Soft-caps, windows and packed rows; arguments within 1 % of the sharded trees."""
+    arch = Arch.from_hf(SMALL)
+    c = config_of(**{"dtype": "bfloat16", "data.seq_len": 256, "head.chunk": 512})
+    mesh = make_mesh(c.mesh, ahead.devices_of("v5e:2x2"))
+    rows, length = 8, 256
+    compiled = ahead.lowered(arch, c, mesh, rows, length, "train").compile()
+    trees = ahead.shapes(arch, c, mesh, rows, length)
+    true = sum(map(bytes_a_device, jax.tree.leaves(trees)))
+    assert abs(compiled.memory_analysis().argument_size_in_bytes / true - 1) < 0.01
+    program = hlo.parse(compiled.as_text())
+    assert program.unknown == 0 and hlo.attention_products(program) > 0
+    gathers = [c for c in hlo.collectives(program) if c.kind == "all-gather"]
+    # In the loop over layers it gathers a layer's matrices, so what follows can fail.
+    one = arch.embed * arch.hidden
+    assert any(c.in_loop and c.results[0].elements == one for c in gathers)
+    assert not any(x.elements >= arch.layers * one // 2 for c in gathers for x in c.results)
+    # Nor the table, nor the logits of a device's rows, in any buffer.
+    assert not any(x.elements >= arch.vocab * arch.embed for c in gathers for x in c.results)
+    tokens = rows * length // mesh.size
+    logits = [
+        op.text
+        for _, _, op, _ in program.ops()
+        for x in op.results
+        if arch.vocab in x.shape and x.elements >= tokens * arch.vocab
+    ]
+    assert not logits, logits[0]
