@@ -156,7 +156,7 @@ def test_confident_learning_is_the_confident_joint():
 def test_probabilities_of_the_folds_are_read(tmp_path):
     """As the folds wrote them, by id; a folder from before they were kept is named."""
     p = np.array([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]])
-    held = SimpleNamespace(examples=[SimpleNamespace(answer_from=3, loss_from=3)] * 2)
+    held = SimpleNamespace(examples=[SimpleNamespace(prompt_targets=0)] * 2)
     rows = {"id": np.array(["b", "a"], object), "label": np.array([1, -1]), "label_p": p,
             "token_nll": [np.ones(1)] * 2}  # fmt: skip
     columns = folds._scores(rows, held)
