@@ -334,9 +334,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
                     log(*in_flight)
                 in_flight = (step, sums, batch.filled, batch.owner)
                 evaluating = step % every == 0 or step == total or at_ledger(step)
-                # Asked once: a signal must not end the run at a step that was not saved.
-                stopping = stop(interrupt.asked)
-                if stopping or evaluating or step % config.train.save_every == 0:
+                if stop(interrupt.asked) or evaluating or step % config.train.save_every == 0:
                     log(*in_flight)
                     in_flight = None
                     if evaluating:
@@ -344,7 +342,8 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
                     save_all(step)
                     save_run("running", step)
                     timer.lap()
-                    if stopping:
+                    # Only here: a signal must not end the run at a step that was not saved.
+                    if stop(interrupt.asked):
                         status = "interrupted"
                         break
             else:
