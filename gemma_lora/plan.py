@@ -138,7 +138,7 @@ def largest(job: Job) -> dict[str, Any]:
     """The most rows a device that fit a training step: {'rows': fits, 'too_many': does not}.
 
     Between two sizes whose memory is known it compiles where a line through them meets the chip's
-    memory, until they are neighbours.
+    memory, and in the middle, in turn, until they are neighbours.
     """
     mesh, chip = _mesh(job), job.chip
     if chip is None:
@@ -154,11 +154,13 @@ def largest(job: Job) -> dict[str, Any]:
     low, high = 0, max(1, job.config.data.batch_size // ways)
     while fits(high):
         low, high = high, 2 * high
+    along = True
     while high - low > 1:
         at = (low + high) // 2
-        if low:
+        if along and low:
             slope = (known[high] - known[low]) / (high - low)
             at = low + int((chip.hbm - known[low]) / slope) if slope > 0 else at
+        along = not along  # in turn with halving, as memory is no line where programs differ
         at = min(max(at, low + 1), high - 1)
         low, high = (at, high) if fits(at) else (low, at)
     return {"rows": low, "too_many": high, "peak": known.get(low), "ways": ways}
@@ -335,7 +337,9 @@ def main() -> None:
     hosts = [t.partition(":")[2] for t in asked.topology if t.startswith("cpu:")]
     jax.config.update("jax_platforms", "cpu")  # nothing is run; a TPU that is here stays free
     if hosts:
-        jax.config.update("jax_num_cpu_devices", max(int(n) for n in hosts if n.isdigit()))
+        jax.config.update(
+            "jax_num_cpu_devices", max((int(n) for n in hosts if n.isdigit()), default=1)
+        )
     if config.arch == "auto":
         raise UserError("arch is 'auto', which the weights would say; give --config.arch")
     jobs = [Job(get_arch(config.arch), config, topology) for topology in asked.topology]

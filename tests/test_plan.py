@@ -119,7 +119,7 @@ def test_nothing_is_assumed_that_was_not_given(job):
 def test_a_run_that_does_not_fit_says_by_how_much(job, monkeypatch):
     message = (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
-        "required for HLO temporaries (24.50G) exceeds available HBM (15.75G). HLO module: jit_step."
+        "required for HLO temporaries (24.50G) exceeds available HBM (15.75G). HLO module: x."
     )
     refused = ahead._refusal(message)
     assert refused["needs"] == 24.5 * 2**30 and refused["available"] == 15.75 * 2**30
@@ -145,7 +145,7 @@ def test_the_largest_batch_is_found_in_few_compiles(job, monkeypatch, most):
     monkeypatch.setattr(ahead, "facts", facts)
     found = plan.largest(job)
     assert (found["rows"], found["too_many"]) == (most, most + 1)
-    assert len(tried) == len(set(tried)) <= 12, tried
+    assert len(tried) == len(set(tried)) <= 16, tried
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,9 @@ def test_leaves_on_the_command_line():
     assert wrong.returncode == 2 and "topology 'cpu:x'" in wrong.stderr
 
 
+# A quarter of D fills the lanes of a TPU: less would be padded, and not what the trees say.
 SMALL = tiny.TINY["gemma2"] | {
-    "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "head_dim": 128,
+    "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "head_dim": 128,
     "num_key_value_heads": 2, "num_hidden_layers": 4, "sliding_window": 128, "vocab_size": 4096,
 }  # fmt: skip
 
