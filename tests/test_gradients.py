@@ -122,6 +122,7 @@ def test_most_alike_and_misfit_by_hand(monkeypatch):
     p = (rng.standard_normal((20, 8)) + 3).astype(np.float32)
     p[3] *= -1
     p[11], p[4] = 2 * p[6], 0
+    p[9] *= 100  # which must not decide what the mean is
     index, cosine = gradients.most_alike(p, 5)
     assert index.shape == cosine.shape == (20, 5)
     assert index[6][0] == 11 and index[11][0] == 6 and cosine[6][0] == pytest.approx(1)
@@ -134,7 +135,7 @@ def test_most_alike_and_misfit_by_hand(monkeypatch):
         lengths = np.linalg.norm(rest, axis=1)
         to = rest @ own / np.where(lengths > 0, lengths, 1) / np.linalg.norm(own)
         assert np.allclose(cosine[i], np.sort(to)[::-1][:5], atol=1e-6)
-        mean = rest.mean(0)
+        mean = np.mean(rest / np.where(lengths > 0, lengths, 1)[:, None], 0)
         want = 1 - mean @ own / np.linalg.norm(mean) / np.linalg.norm(own)
         assert misfit[i] == pytest.approx(want, rel=1e-6)
     assert np.nanargmax(misfit) == 3
