@@ -8,7 +8,7 @@ epoch of training does; where it is interrupted, nothing is written and it begin
 
 id; grad_norm: the l2 norm of the gradient of the example's mean loss on its completion with respect
 to all adapters, exact (GraNd, arXiv:2107.07075); grad_misfit: 1 - cosine of the projected gradient
-with the mean of the other examples'; neighbours, cosines: the examples with the most alike
+with the mean direction of the others'; neighbours, cosines: the examples with the most alike
 projected gradients, the first the most (as LESS does, arXiv:2402.04333). TracIn's self-influence
 (arXiv:2002.08484) at one checkpoint is the learning rate times grad_norm^2: it ranks the same.
 
@@ -137,12 +137,15 @@ def gradients(
 
 
 def misfit(projected: np.ndarray) -> np.ndarray:
-    """[n] in [0, 2]: 1 - cosine with the mean of the others; NaN where one of the two is zero."""
-    own = projected.astype(np.float64)
-    others = own.sum(0) - own
-    lengths = np.linalg.norm(own, axis=1) * np.linalg.norm(others, axis=1)
+    """[n] in [0, 2]: 1 - cosine with the mean direction of the others; NaN without a gradient.
+
+    Of gradients as they are the mean is that of the few largest, and near zero after training.
+    """
+    lengths = np.linalg.norm(projected.astype(np.float64), axis=1, keepdims=True)
     with np.errstate(invalid="ignore"):
-        return 1 - (own * others).sum(1) / lengths
+        own = projected / lengths
+        others = np.nansum(own, axis=0) - np.nan_to_num(own)
+        return 1 - (own * others).sum(1) / np.linalg.norm(others, axis=1)
 
 
 def most_alike(projected: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -49,7 +49,7 @@ SCORES = {
     "fold_loss": "loss under a model that did not train on the example",
     "fold_label": "-log p of the label under a model that did not train on the example",
     "grad_norm": "norm of the gradient of the example's loss (GraNd, Paul 2021)",
-    "grad_misfit": "1 - cosine of that gradient with the mean of the other examples'",
+    "grad_misfit": "1 - cosine of that gradient with the mean direction of the others'",
 }
 # The files that other commands leave in a workdir, and the scores in them.
 MORE = {

@@ -16,13 +16,15 @@ import pytest
 import tiny_run
 
 from gemma_lora import gradients, outliers
+from gemma_lora.checkpoint import Checkpoints
 from gemma_lora.data.dataset import Dataset
 from gemma_lora.errors import UserError
 from gemma_lora.gradients import make_gradient_step, project
 from gemma_lora.lora import LoRAConfig
 from gemma_lora.loss import Sweep
 from gemma_lora.model import head_weight, logits
-from gemma_lora.step import State, make_train_step
+from gemma_lora.optim import optimizer
+from gemma_lora.step import State, init_state, make_train_step
 
 NAME, M = "gemma3", 64
 
@@ -120,6 +122,7 @@ def test_most_alike_and_misfit_by_hand(monkeypatch):
     p = (rng.standard_normal((20, 8)) + 3).astype(np.float32)
     p[3] *= -1
     p[11], p[4] = 2 * p[6], 0
+    p[9] *= 100  # which must not decide what the mean is
     index, cosine = gradients.most_alike(p, 5)
     assert index.shape == cosine.shape == (20, 5)
     assert index[6][0] == 11 and index[11][0] == 6 and cosine[6][0] == pytest.approx(1)
@@ -128,12 +131,12 @@ def test_most_alike_and_misfit_by_hand(monkeypatch):
         if i == 4:
             assert np.isnan(misfit[i]) and not cosine[i].any()
             continue
-        rest = np.delete(p, i, 0).astype(float)
+        rest, own = np.delete(p, i, 0).astype(float), p[i].astype(float)
         lengths = np.linalg.norm(rest, axis=1)
-        to = rest @ p[i] / np.where(lengths > 0, lengths, 1) / np.linalg.norm(p[i])
+        to = rest @ own / np.where(lengths > 0, lengths, 1) / np.linalg.norm(own)
         assert np.allclose(cosine[i], np.sort(to)[::-1][:5], atol=1e-6)
-        mean = rest.mean(0)
-        want = 1 - mean @ p[i] / np.linalg.norm(mean) / np.linalg.norm(p[i])
+        mean = np.mean(rest / np.where(lengths > 0, lengths, 1)[:, None], 0)
+        want = 1 - mean @ own / np.linalg.norm(mean) / np.linalg.norm(own)
         assert misfit[i] == pytest.approx(want, rel=1e-6)
     assert np.nanargmax(misfit) == 3
     assert gradients.most_alike(p[:1], 5)[0].shape == (1, 0) and np.isnan(gradients.misfit(p[:1]))
@@ -150,20 +153,25 @@ def test_completion_alone():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Iterator[Path]:
-    """Eight steps on 18 examples and a copy of one; it is best before it ends."""
+    """Eight steps on 18 examples and a copy of one; best at 8, and a checkpoint after it."""
     directory = tmp_path_factory.mktemp("gradients")
     with tiny_run.quick_compilation(directory / "cache"):
         inputs = tiny_run.write_inputs(directory)
         copy = {"id": "copy", "question": "1 + 2", "answer": "It is 3."}
         with open(inputs / "train.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(copy) + "\n")
-        changes = {"train.ledger_every": 4, "data.loss_on": "all", "optim.lr": 0.05}
-        tiny_run.run(directory / "run", tiny_run.settings(inputs, changes))
-        yield directory / "run"
-
-
-def best(workdir: Path) -> int:
-    return json.loads((workdir / "run.json").read_text())["best_step"]
+        changes = {"train.ledger_every": 4, "data.loss_on": "all"}
+        workdir = directory / "run"
+        tiny_run.run(workdir, tiny_run.settings(inputs, changes))
+        opened = gradients.reopen(workdir)
+        tx = optimizer(opened.config.optim, 8)
+        checkpoints = Checkpoints(workdir / "checkpoints")
+        like = init_state(opened.model, tx, 0, opened.mesh)
+        state, notes = checkpoints.restore(8, like)
+        assert notes["best_step"] == 8
+        checkpoints.save(9, state.replace(lora=jax.tree.map(jnp.negative, state.lora)), notes)
+        checkpoints.close()
+        yield workdir
 
 
 def test_what_the_command_writes(run):
@@ -180,7 +188,7 @@ def test_what_the_command_writes(run):
     opened = gradients.reopen(run)
     base = gradients.load_base(opened.pretrained, opened.model, opened.mesh)
     step, lora, _ = gradients.restored(opened, run, "best", base)
-    assert step == best(run) < 8
+    assert step == 8
     for e in opened.train_set.examples[:3]:
         tree = by_hand(opened.model, base, lora, e.tokens, e.answer_from)
         assert e.answer_from > e.loss_from  # the run trained on all tokens
@@ -201,7 +209,9 @@ def test_steps(run):
     opened = gradients.reopen(run)
     base = gradients.load_base(opened.pretrained, opened.model, opened.mesh)
     found = {which: gradients.restored(opened, run, which, base) for which in gradients.STEPS}
-    assert [found[w][0] for w in gradients.STEPS] == [best(run), 8, 0]
+    assert [found[w][0] for w in gradients.STEPS] == [8, 9, 0]
+    for x, y in zip(*(jax.tree.leaves(found[w][1]) for w in ("best", "last")), strict=True):
+        assert np.array_equal(x, -y)
     e = opened.train_set.examples[0]
     tree = by_hand(opened.model, base, found["0"][1], e.tokens, e.loss_from)
     for leaves in tree["layers"]["attn"].values():
