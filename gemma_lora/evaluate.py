@@ -5,6 +5,7 @@
 prints one JSON line and writes DIR/ledger/*.parquet. Without --adapter it evaluates the base model.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -33,6 +34,7 @@ from gemma_lora.metrics import finite, say
 from gemma_lora.model import no_wrap
 from gemma_lora.sharding import batch_sharding, check_rows, make_mesh, to_global, tree_shardings
 from gemma_lora.step import make_eval_step
+from gemma_lora.tokenizer import Tokenizer
 from gemma_lora.weights import peft
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
 
@@ -51,6 +53,10 @@ COLUMNS = {
     "label_p": pyarrow.list_(pyarrow.float64()),
     "token_nll": pyarrow.list_(pyarrow.float32()),
 }
+
+# The columns of a row of an example as a training step saw it: dropout on, before the update; of
+# the completion's tokens alone.
+SEEN = {k: COLUMNS[k] for k in ("id", "step", "tokens", "nll", "nll_max")}
 
 
 def ledger_rows(
@@ -104,6 +110,27 @@ def ledger_rows(
     }
 
 
+def seen_rows(
+    token_nll: jax.Array, owner: np.ndarray, data: Dataset, step: int
+) -> list[dict[str, Any]]:
+    """The rows SEEN of the examples of one training batch, from its token_nll, owner [B,C]."""
+    token_nll, owner = _gather((token_nll, owner))
+    whose, each = owner[owner >= 0], token_nll[owner >= 0].astype(np.float64)
+    order = np.argsort(whose, kind="stable")  # keeps the order of an example's tokens
+    members, first = np.unique(whose[order], return_index=True)
+    rows = []
+    for m, nll in zip(members, np.split(each[order], first[1:]), strict=True):
+        nll = completion_part(nll, data.examples[m].prompt_targets)
+        sums = {"tokens": len(nll), "nll": nll.sum(), "nll_max": nll.max()}
+        rows.append({"id": data.examples[m].id, "step": step, **sums})
+    return rows
+
+
+def completion_part(token_nll: np.ndarray, prompt_targets: int) -> np.ndarray:
+    """The losses of the completion's tokens; where the row was cut before them, of all."""
+    return token_nll[prompt_targets:] if prompt_targets < len(token_nll) else token_nll
+
+
 def part_of(rows: dict[str, np.ndarray], ids: set[str], split: str) -> dict[str, np.ndarray]:
     """The rows of some examples, under the name of another split."""
     chosen = np.array([i in ids for i in rows["id"]])
@@ -151,21 +178,31 @@ def write_ledger(path: pathlib.Path, parts: list[dict[str, np.ndarray]]) -> None
     _write_table(path, pyarrow.table(columns, schema=pyarrow.schema(list(COLUMNS.items()))))
 
 
-def write_examples(path: pathlib.Path, sets: dict[str, Dataset]) -> None:
+def write_examples(path: pathlib.Path, sets: dict[str, Dataset], tokenizer: Tokenizer) -> None:
     """What the ledger's ids stand for.
 
     id, split, text, completion: index of its first character; length: tokens, whether they carry
     loss or not; prompt_targets: how many of the tokens that carry loss lie before the completion;
-    label: as in the ledger.
+    label: as in the ledger; pieces: the text of each token that carries loss.
     """
+
+    @functools.cache
+    def piece(token: int) -> str:
+        return tokenizer.decode([token], skip_special=False)
+
     rows = [
         {"id": e.id, "split": split, "text": e.text, "completion": e.completion,
-         "length": len(e.tokens), "prompt_targets": max(0, e.answer_from - e.loss_from),
-         "label": e.label}
+         "length": len(e.tokens), "prompt_targets": e.prompt_targets,
+         "label": e.label, "pieces": [piece(int(t)) for t in e.tokens[e.loss_from :]]}
         for split, data in sets.items()
         for e in data.examples
     ]  # fmt: skip
     _write_table(path, pyarrow.Table.from_pylist(rows))
+
+
+def write_seen(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """rows: of `seen_rows`."""
+    _write_table(path, pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(list(SEEN.items()))))
 
 
 def _write_table(path: pathlib.Path, table: pyarrow.Table) -> None:
@@ -207,7 +244,8 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     wrap, lora = peft.read(adapter, pretrained.arch) if adapter else (no_wrap, {})
     where = config.data.path or config.data.source
     rows = sources.read(config.data.source, config.data.path, config.data.limit)
-    found = tokenize(rows, pretrained.tokenizer(), config.data, where)
+    tokenizer = pretrained.tokenizer()
+    found = tokenize(rows, tokenizer, config.data, where)
     if not found.examples:
         raise UserError(f"{where}: no example has a token that carries loss within data.seq_len")
     check_vocabulary(found.examples, pretrained.arch.vocab)
@@ -226,7 +264,7 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     ledger = ledger_rows(step, lora, base, data, mesh, "eval", 0)
     if jax.process_index() == 0:
         write_ledger(out / "ledger" / "eval_000000.parquet", [ledger])
-        write_examples(out / "ledger" / "examples.parquet", {"eval": data})
+        write_examples(out / "ledger" / "examples.parquet", {"eval": data}, tokenizer)
     left_out = {"truncated": len(found.truncated), "dropped": len(found.dropped)}
     measured = {"data": where, "adapter": str(adapter) if adapter else None}
     return finite(metrics(ledger, config.data.batch_size) | left_out | measured)

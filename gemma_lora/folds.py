@@ -25,6 +25,7 @@ from gemma_lora.config import check
 from gemma_lora.data.dataset import Dataset
 from gemma_lora.data.pipeline import dataset, load_data
 from gemma_lora.errors import UserError, run_main
+from gemma_lora.evaluate import completion_part
 from gemma_lora.files import replace_file
 from gemma_lora.lora import LoRAConfig
 from gemma_lora.loss import Sweep
@@ -120,9 +121,8 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
 
 def _scores(rows: dict[str, np.ndarray], held: Dataset) -> dict[str, np.ndarray]:
     """A fold's columns: loss of the completion in nats a token; -log p of the label, or NaN."""
-    before = [max(0, e.answer_from - e.loss_from) for e in held.examples]
-    pairs = zip(rows["token_nll"], before, strict=True)
-    loss = [np.mean(x[b:] if b < len(x) else x, dtype=np.float64) for x, b in pairs]
+    each = zip(rows["token_nll"], held.examples, strict=True)
+    loss = [np.mean(completion_part(x, e.prompt_targets), dtype=np.float64) for x, e in each]
     label = np.full(len(loss), np.nan)
     known = rows["label"] >= 0
     if known.any():

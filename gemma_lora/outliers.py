@@ -21,7 +21,7 @@ import scipy
 
 from gemma_lora import rules
 from gemma_lora.errors import UserError, run_main
-from gemma_lora.evaluate import read_table
+from gemma_lora.evaluate import completion_part, read_table
 from gemma_lora.files import replace_file, write_text
 
 # Every score is larger where an example is more suspicious. All but base_loss and length_z, which
@@ -31,6 +31,8 @@ SCORES = {
     "base_loss": "loss under the base model",
     "loss": "loss at the last eval",
     "length_z": "the same, in robust standard deviations from the median of its length bin",
+    "opening_loss": "loss of the completion's first 20 tokens at the last eval; later ones follow "
+    "from earlier ones, whether those answer the prompt or not",
     "token_max": "largest loss of a token at the last eval",
     "not_learnt": "loss at the last eval minus loss under the base model",
     "confidence": "minus the mean over evals of exp(-loss) (cartography, Swayamdipta 2020)",
@@ -41,12 +43,16 @@ SCORES = {
     "forgetting": "share of correct tokens lost from eval to eval (after Toneva 2019)",
     "label_loss": "-log p of the label among the label words, at the last eval",
     "label_aum": "p of the likeliest other label minus p of the label, over evals",
+    "seen_loss": "loss when the example was first trained on, before that step's update, minus the "
+    "running median over the steps",
     "fold_loss": "loss under a model that did not train on the example",
     "fold_label": "-log p of the label under a model that did not train on the example",
 }
 # What `combined` takes the mean rank of: where there are labels, and where there are none.
 LABELLED = ("fold_label", "label_aum")
 UNLABELLED = ("fold_loss", "length_z")
+OPENING = 20  # tokens
+RUNNING = 101  # examples that a running median is over
 FORGETTING_EVALS = 6  # fewer say nothing about forgetting
 BINS, BIN_LEAST = 10, 20  # length bins; the examples that each must have
 
@@ -56,7 +62,8 @@ class Ledger:
     """The training examples over the evals that took all of them.
 
     ids [n]; tokens [n]: of the completion, that carry loss; label [n], -1: none; steps [e];
-    loss, correct, margin, el2n [e,n]; token_max [n], of the last eval; label_p [e,n,labels].
+    loss, correct, margin, el2n [e,n]; token_max, opening [n], of the last eval; label_p
+    [e,n,labels].
     """
 
     ids: np.ndarray
@@ -68,6 +75,7 @@ class Ledger:
     margin: np.ndarray
     el2n: np.ndarray
     token_max: np.ndarray
+    opening: np.ndarray
     label_p: np.ndarray
 
 
@@ -93,11 +101,12 @@ def read_ledger(workdir: pathlib.Path) -> Ledger:
         if not np.array_equal(table["id"].to_numpy(), ids):
             raise UserError(f"{path}: its training examples are not those of examples.parquet")
         each = [np.asarray(x, np.float64) for x in table["token_nll"].to_numpy()]
-        of_completion = [x[b:] if b < len(x) else x for x, b in zip(each, before, strict=True)]
+        of_completion = list(map(completion_part, each, before))
         columns = {k: table[k].to_numpy() for k in ("margin", "el2n")}
         columns["correct"] = table["correct"].to_numpy() / table["tokens"].to_numpy()
         columns["loss"] = np.array([x.mean() for x in of_completion])
         columns["token_max"] = np.array([x.max() for x in of_completion])
+        columns["opening"] = np.array([x[:OPENING].mean() for x in of_completion])
         columns["tokens"] = np.array([len(x) for x in of_completion])
         columns["label_p"] = np.array(table["label_p"].to_pylist(), float).reshape(len(ids), -1)
         found[int(path.stem.removeprefix("eval_"))] = columns
@@ -109,7 +118,7 @@ def read_ledger(workdir: pathlib.Path) -> Ledger:
     evals = [found[step] for step in sorted(found)]
     stacked = {k: np.stack([e[k] for e in evals]) for k in evals[0]}
     label = np.array([e["label"] for e in examples])
-    last = {"tokens": stacked.pop("tokens")[-1], "token_max": stacked.pop("token_max")[-1]}
+    last = {k: stacked.pop(k)[-1] for k in ("tokens", "token_max", "opening")}
     return Ledger(ids=ids, label=label, steps=sorted(found), **stacked, **last)
 
 
@@ -135,12 +144,8 @@ def length_z(loss: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return out
 
 
-def scores_of(ledger: Ledger, folds: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-    """The scores [n] that a ledger allows, by name, and `combined`.
-
-    folds: of each example under a model that did not train on it, fold_loss and, with labels,
-    fold_label.
-    """
+def scores_of(ledger: Ledger, more: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    """The scores [n] that a ledger allows, by name, `more` that were read, and `combined`."""
     tuned = [i for i, step in enumerate(ledger.steps) if step > 0] or [0]
     out: dict[str, np.ndarray] = {}
     if ledger.steps[0] == 0:
@@ -150,6 +155,7 @@ def scores_of(ledger: Ledger, folds: dict[str, np.ndarray] | None = None) -> dic
     out |= {
         "loss": ledger.loss[-1],
         "length_z": length_z(ledger.loss[-1], ledger.tokens),
+        "opening_loss": ledger.opening,
         "token_max": ledger.token_max,
         "confidence": -confidence.mean(0),
         "correctness": -ledger.correct[tuned].mean(0),
@@ -169,7 +175,7 @@ def scores_of(ledger: Ledger, folds: dict[str, np.ndarray] | None = None) -> dic
         with np.errstate(divide="ignore"):
             out["label_loss"] = np.where(labelled, -np.log(right[-1]), np.nan)
         out["label_aum"] = np.where(labelled, (others.max(-1) - right)[tuned].mean(0), np.nan)
-    out |= folds or {}
+    out |= more or {}
     members = LABELLED if labelled.any() else UNLABELLED
     ranks = [rank(out[k]) for k in members if k in out]
     return {k: out[k] for k in SCORES if k in out} | {"combined": np.mean(ranks, 0)}
@@ -184,8 +190,28 @@ def rank(score: np.ndarray) -> np.ndarray:
 def score(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """id, tokens and every score of a run's training examples; raises as read_ledger."""
     ledger = read_ledger(workdir)
-    found = scores_of(ledger, read_folds(workdir, ledger.ids))
+    more = read_seen(workdir, ledger.ids) | read_folds(workdir, ledger.ids)
+    found = scores_of(ledger, more)
     return {"id": ledger.ids, "tokens": ledger.tokens, **found}
+
+
+def read_seen(workdir: pathlib.Path, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """seen_loss [n], NaN for what was not trained on; {} where the run kept none.
+
+    It is of a model that had not trained on the example, at the cost of nothing (prequential loss,
+    Dawid 1984); but that model had seen little where the example came early: hence the median.
+    """
+    names = ("id", "step", "tokens", "nll")
+    tables = [read_table(p, names) for p in sorted((workdir / "ledger").glob("seen_*.parquet"))]
+    if not tables:
+        return {}
+    first: dict[str, float] = {}  # in the order of training
+    for row in pyarrow.concat_tables(tables).to_pylist():
+        first.setdefault(row["id"], row["nll"] / row["tokens"])
+    loss = np.array(list(first.values()))
+    usual = scipy.ndimage.median_filter(loss, size=min(RUNNING, len(loss)), mode="nearest")
+    excess = dict(zip(first, loss - usual, strict=True))
+    return {"seen_loss": np.array([excess.get(i, np.nan) for i in ids])}
 
 
 def read_folds(workdir: pathlib.Path, ids: np.ndarray) -> dict[str, np.ndarray]:

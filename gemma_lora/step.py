@@ -94,15 +94,16 @@ def make_train_step(
     """step(state, base, batch) -> (state, metrics).
 
     The loss is the mean over all loss tokens of the batch, however it is cut into micro-batches:
-    sums are accumulated and divided once. metrics: nll, tokens, correct [micro_batches] sums, and
-    grad_norm before clipping.
+    sums are accumulated and divided once. metrics: nll, tokens, correct [micro_batches] sums,
+    grad_norm before clipping, and token_nll [B,C] of the loss positions, before the update.
     """
 
     def loss(lora, base, batch, rng):
         stats = forward(model, sweep, base, lora, batch, rng)
         mask = batch["loss_mask"]
         nll = jnp.sum(stats.nll * mask)
-        return nll, {"nll": nll, "tokens": mask.sum(), "correct": jnp.sum(stats.correct * mask)}
+        sums = {"nll": nll, "tokens": mask.sum(), "correct": jnp.sum(stats.correct * mask)}
+        return nll, sums | {"token_nll": stats.nll}
 
     grad = jax.grad(loss, has_aux=True)
 
@@ -124,6 +125,9 @@ def make_train_step(
             )
             zero = jax.tree.map(jnp.zeros_like, state.lora)
             grads, sums = jax.lax.scan(body, zero, (jnp.arange(micro_batches), cut))
+            # [micro_batches,B / micro_batches,C], strided, too.
+        token_nll = sums["token_nll"].swapaxes(0, 1)
+        sums["token_nll"] = token_nll.reshape(-1, token_nll.shape[-1])
         tokens = jnp.maximum(jnp.sum(sums["tokens"]), 1)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.lora)

@@ -204,6 +204,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         forget_after(workdir, start)
     metrics = Metrics(workdir, start, total)
     timer = Timer(notes["seconds"] + phases.since_start())
+    seen: list[dict[str, Any]] = []  # rows of the steps since the last save
 
     def at(step: int) -> str:
         return f"{step:>{len(str(total))}}/{total}"
@@ -227,6 +228,13 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
             batch = next(batches, None)
         with mark(COPY):
             return batch and (batch, to_global(batch.arrays, mesh))
+
+    def save_all(step: int) -> None:
+        """What a later start continues from, and what the steps since the last one saw."""
+        if seen and jax.process_index() == 0:
+            evaluate.write_seen(workdir / "ledger" / f"seen_{step:06d}.parquet", seen)
+        seen.clear()
+        checkpoints.save(step, state, notes)
 
     def at_ledger(step: int) -> bool:
         return ledger_every > 0 and (step % ledger_every == 0 or step == total)
@@ -270,8 +278,9 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         if bad:
             raise _NotFiniteError(step, bad)
 
-    def log(step: int, sums: dict[str, jax.Array], batch_tokens: int) -> None:
+    def log(step: int, sums: dict[str, jax.Array], batch_tokens: int, owner: np.ndarray) -> None:
         """The record of a finished step; raises _NotFiniteError."""
+        token_nll = sums.pop("token_nll")
         sums = {k: np.asarray(v, np.float64) for k, v in jax.device_get(sums).items()}
         seconds = timer.lap()
         phases.add(STEPS, seconds)
@@ -282,6 +291,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
             owners = train_set.batch_at(step - 1).owner
             members = np.unique(owners[owners >= 0])
             raise _NotFiniteError(step, [train_set.examples[i].id for i in members])
+        seen.extend(evaluate.seen_rows(token_nll, owner, train_set, step))
         notes["tokens"] += batch_tokens
         notes["loss_tokens"] += int(loss_tokens)
         accuracy = float(sums["correct"].sum() / loss_tokens)
@@ -307,9 +317,11 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
             if start is None:
                 sets = {"train": train_set, "validation": validation, "train_probe": probe}
                 if jax.process_index() == 0:
-                    evaluate.write_examples(workdir / "ledger" / "examples.parquet", sets)
+                    evaluate.write_examples(
+                        workdir / "ledger" / "examples.parquet", sets, tokenizer
+                    )
                 evaluate_now(0)
-                checkpoints.save(0, state, notes)
+                save_all(0)
             save_run("running", step)
             batches = iter(train_set.batches(step, total))
             timer.lap()
@@ -323,14 +335,14 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
                 # The device works on this step while the host reports the one before.
                 if in_flight is not None:
                     log(*in_flight)
-                in_flight = (step, sums, int(np.sum(batch.arrays["segments"] > 0)))
+                in_flight = (step, sums, int(np.sum(batch.arrays["segments"] > 0)), batch.owner)
                 evaluating = step % every == 0 or step == total or at_ledger(step)
                 if interrupt.asked or evaluating or step % config.train.save_every == 0:
                     log(*in_flight)
                     in_flight = None
                     if evaluating:
                         evaluate_now(step)
-                    checkpoints.save(step, state, notes)
+                    save_all(step)
                     save_run("running", step)
                     timer.lap()
                     # Only here: a signal must not end the run at a step that was not saved.

@@ -43,9 +43,9 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> boo
 
 
 def forget_after(workdir: pathlib.Path, step: int | None) -> None:
-    """Removes the ledgers of evaluations after `step` (None: all), which come again."""
-    for file in (workdir / "ledger").glob("eval_*.parquet"):
-        if step is None or int(file.stem.removeprefix("eval_")) > step:
+    """Removes what the ledger has from after `step` (None: all), which comes again."""
+    for file in (workdir / "ledger").glob("*_*.parquet"):
+        if step is None or int(file.stem.split("_")[1]) > step:
             file.unlink()
 
 

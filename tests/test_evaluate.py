@@ -108,6 +108,21 @@ def test_base_model_gives_step_0_packed_or_not(trained, inputs, tmp_path):
         assert np.allclose(plain[column], packed[column], rtol=1e-4, atol=1e-5), column
 
 
+def test_every_token_that_carries_loss_has_its_text(trained):
+    ledger = trained / "ledger"
+    names = ["id", "split", "token_nll"]
+    rows = pyarrow.parquet.read_table(ledger / "eval_000000.parquet", columns=names).to_pylist()
+    losses = {(r["id"], r["split"]): r["token_nll"] for r in rows}
+    seen = 0
+    for e in pyarrow.parquet.read_table(ledger / "examples.parquet").to_pylist():
+        text = "".join(e["pieces"][:-1])  # the last is the stop token
+        assert e["text"].endswith(text) and len(text) > 4 and e["pieces"][-1] not in text
+        if nll := losses.get((e["id"], e["split"])):
+            assert len(nll) == len(e["pieces"])
+            seen += 1
+    assert seen > 4
+
+
 def test_counts_what_is_cut_and_left_out(inputs, tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [("short", "1 + 1", "2"), ("cut", "1 + 1", "It is " + "2" * 60), ("out", "1" * 60, "1")]

@@ -60,7 +60,8 @@ def test_scores_are_their_formulas(run):
     assert min(begins.values()) > 0
     assert set(got) == {
         "id", "tokens", "base_loss", "loss", "length_z", "token_max", "not_learnt", "confidence",
-        "variability", "correctness", "aum", "el2n", "fold_loss", "combined",
+        "variability", "correctness", "aum", "el2n", "seen_loss", "opening_loss", "fold_loss",
+        "combined",
     }  # fmt: skip
     for n, example in enumerate(got["id"]):
         at = {s: list(r["id"]).index(example) for s, r in rows.items()}
@@ -73,6 +74,7 @@ def test_scores_are_their_formulas(run):
             "tokens": len(each[0]),
             "base_loss": loss[0],
             "loss": loss[8],
+            "opening_loss": float(each[8][:20].mean()),
             "token_max": max(each[8]),
             "not_learnt": loss[8] - loss[0],
             "confidence": -sum(p) / 4,
@@ -87,6 +89,24 @@ def test_scores_are_their_formulas(run):
     assert np.allclose(got["combined"], np.mean(ranks, 0), rtol=1e-12)
 
 
+def test_loss_when_first_trained_on(run):
+    """Eight steps of four rows are more than an epoch of 18: only the first time counts."""
+    got = outliers.score(run)
+    paths = sorted((run / "ledger").glob("seen_*.parquet"))
+    rows = [r for p in paths for r in pyarrow.parquet.read_table(p).to_pylist()]
+    assert [r["step"] for r in rows] == sorted(r["step"] for r in rows) and len(rows) > 18
+    first = {}
+    for r in rows:
+        first.setdefault(r["id"], (r["nll"] / r["tokens"], len(first)))
+    assert len(first) == 18
+    padded = [x for x, _ in first.values()]
+    padded = [padded[0]] * 9 + padded + [padded[-1]] * 9
+    for i, found in zip(got["id"], got["seen_loss"], strict=True):
+        loss, at = first[i]
+        window = sorted(padded[at : at + 18])  # an even window begins half of it before
+        assert found == pytest.approx(loss - window[9], rel=1e-12)
+
+
 def made(label_p: np.ndarray, label: list[int]) -> outliers.Ledger:
     """A ledger of label probabilities [e,n,labels]; its losses rise from example to example."""
     e, n = label_p.shape[:2]
@@ -95,7 +115,7 @@ def made(label_p: np.ndarray, label: list[int]) -> outliers.Ledger:
     return outliers.Ledger(
         ids=np.array([str(i) for i in range(n)], object), tokens=np.arange(n) + 1,
         label=np.array(label), steps=list(range(e)), loss=ramp, correct=correct, margin=-ramp,
-        el2n=ramp, token_max=ramp[-1], label_p=label_p,
+        el2n=ramp, token_max=ramp[-1], opening=ramp[-1], label_p=label_p,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pyarrow.parquet
 import pytest
 import tiny_run
 from common import one_device, read_json, tiny_arch
@@ -87,7 +88,9 @@ def test_what_a_run_leaves(straight):
         "adapter_model.safetensors",
     ]
     evals = [f"eval_{step:06d}.parquet" for step in (0, 3, 6, 8)]
-    assert sorted(p.name for p in (workdir / "ledger").iterdir()) == [*evals, "examples.parquet"]
+    seen = [f"seen_{step:06d}.parquet" for step in (3, 6, 8)]
+    files = sorted(p.name for p in (workdir / "ledger").iterdir())
+    assert files == [*evals, "examples.parquet", *seen]
     assert not [p for p in workdir.rglob("*") if p.name.startswith(".") or "tmp" in p.name]
     steps = [r["step"] for r in records(workdir, "train")]
     assert steps == list(range(1, 9))
@@ -433,6 +436,15 @@ def test_packed_micro_batches(inputs, tmp_path, monkeypatch):
     record = records(tmp_path, "train")[0]
     assert math.isclose(record["trl_compat/mean_token_accuracy"], np.mean(shares), rel_tol=1e-6)
     members = [i for half in halves for i in half]
+    seen = pyarrow.parquet.read_table(tmp_path / "ledger" / "seen_000003.parquet").to_pylist()
+    seen = {r["id"]: r for r in seen if r["step"] == 1}
+    assert seen.keys() == {train_set.examples[i].id for i in members}
+    for i in members:
+        e = train_set.examples[i]
+        nll = rows["token_nll"][i][e.prompt_targets :].astype(np.float64)
+        assert e.prompt_targets > 0 and len(nll) == seen[e.id]["tokens"]
+        got = [seen[e.id][k] for k in ("nll", "nll_max")]
+        np.testing.assert_allclose(got, [nll.sum(), nll.max()], rtol=1e-5)
     tokens, nll = (rows[k][members].sum() for k in ("tokens", "nll"))
     assert record["loss_tokens"] == tokens
     assert math.isclose(record["loss"], nll / tokens, rel_tol=1e-5)

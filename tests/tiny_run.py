@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 import tiny
 import tiny_tokenizer
@@ -100,8 +101,11 @@ def left(workdir: Path) -> dict[str, Any]:
     other = ("seconds", "phases", "peak_memory")
     report["run"] = {k: v for k, v in report["run"].items() if k not in other}
     del report["cost"]
-    files = [*workdir.glob("ledger/*"), *workdir.glob("adapter/*")]
+    files = [*workdir.glob("ledger/e*"), *workdir.glob("adapter/*")]
+    # A start that was interrupted leaves a file of its own.
+    seen = map(pyarrow.parquet.read_table, sorted(workdir.glob("ledger/seen_*")))
     return {
+        "seen": pyarrow.concat_tables(seen).to_pylist(),
         "metrics": [{k: v for k, v in r.items() if k not in clocks} for r in lines],
         "report": report,
         **{str(f.relative_to(workdir)): f.read_bytes() for f in files},

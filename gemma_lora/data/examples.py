@@ -32,6 +32,11 @@ class Example:
         """Number of targets that carry loss."""
         return len(self.tokens) - self.loss_from
 
+    @property
+    def prompt_targets(self) -> int:
+        """How many of the targets that carry loss lie before the completion."""
+        return max(0, self.answer_from - self.loss_from)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokenized:
