@@ -96,6 +96,7 @@ def _schedule(w: Workdir) -> Any:
         panel.plot(w.train["step"], _numbers(w.train[name]), color="0.3", lw=1,
                    rasterized=len(w.train["step"]) > 2000)  # fmt: skip
         panel.set(ylabel=label)
+        panel.ticklabel_format(axis="y", scilimits=(-3, 4))
         panel.grid(alpha=0.3)
     axes[1].set(xlabel="optimizer step")
     return figure
@@ -166,6 +167,7 @@ def _scores(scores: dict[str, np.ndarray], shown: list[str], ids: np.ndarray) ->
                    ms=9, clip_on=False)  # fmt: skip
         panel.set_title(name, fontsize=9, pad=2)
         panel.tick_params(labelsize=7)
+        panel.locator_params(axis="x", nbins=5)
     for panel in axes.flat[len(scores) :]:
         panel.remove()
     return figure
