@@ -109,7 +109,8 @@ def test_what_a_run_leaves(straight):
         assert loss["best"] < loss["start"] and loss["decrease_pct"] > 0
         assert {"start", "best"} <= report[split]["token_accuracy"].keys()
     assert report["validation"]["loss"]["interval"][1] < 0
-    assert all({"id", "loss", "text"} <= o.keys() for o in report["outliers"])
+    for o in report["outliers"]:
+        assert "".join(o["pieces"]) == o["text"] + "<eos>" and len(o["token_nll"]) == o["tokens"]
 
 
 def test_metrics_are_sums_of_the_ledger(straight):

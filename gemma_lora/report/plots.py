@@ -38,7 +38,10 @@ def _figure(height: float, **grid: Any) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # costs a second that build() need not spend
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.subplots(**grid)
+    axes = figure.subplots(**grid)
+    for panel in np.ravel(axes):
+        panel.ticklabel_format(scilimits=(-3, 4))  # long numbers would overlap
+    return figure, axes
 
 
 def svg(figure: Any) -> str:
@@ -96,7 +99,6 @@ def _schedule(w: Workdir) -> Any:
         panel.plot(w.train["step"], _numbers(w.train[name]), color="0.3", lw=1,
                    rasterized=len(w.train["step"]) > 2000)  # fmt: skip
         panel.set(ylabel=label)
-        panel.ticklabel_format(axis="y", scilimits=(-3, 4))
         panel.grid(alpha=0.3)
     axes[1].set(xlabel="optimizer step")
     return figure
