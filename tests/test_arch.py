@@ -188,6 +188,7 @@ def test_unknown_arch_names_the_nearest():
 HOUSE = [
     "errors",
     "files",
+    "distributed",
     "arch",
     "config",
     "distributed",
