@@ -397,7 +397,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
                     if n is not None
                 ),
                 "adapter": f"{workdir / 'adapter'} (PEFT format), of step {best}",
-                "report": workdir / "report.md",
+                "report": workdir / "report.html",
             },
         )
     return written
