@@ -261,6 +261,8 @@ def test_a_process_that_is_alone_says_so(process):
 )
 def test_flags_that_do_not_go_together(flags, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train", *flags.split()])
+    for name in [n for n in os.environ if n.startswith(("SLURM_", "OMPI_"))]:
+        monkeypatch.delenv(name)
     if not flags:
         monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(SystemExit) as exit_:
