@@ -3,6 +3,7 @@
     python -m gemma_lora.evaluate --config C [--adapter DIR] --config.data.path=F --out DIR
 
 prints one JSON line and writes DIR/ledger/*.parquet. Without --adapter it evaluates the base model.
+On several hosts each process gets the command, with the flags of gemma_lora/distributed.py.
 """
 
 import functools

@@ -21,7 +21,7 @@ from gemma_lora import distributed
 from gemma_lora.data.pipeline import load_data
 from gemma_lora.weights.pretrained import open_weights
 
-HEARTBEAT = 10  # seconds
+HEARTBEAT = 20  # seconds
 HERE = Path(__file__).parent
 
 # A run of tiny_run whose process `who` gets a signal when a train record is due; what each process
@@ -73,7 +73,10 @@ def start(script: str, arguments: list[str], flags: list[str], devices: int) -> 
         [sys.executable, "-c", script, *arguments, *flags],
         env={
             **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            # The usual 40 s for a collective are short where other work shares the cores.
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+            "--xla_cpu_collective_timeout_seconds=500 "
+            "--xla_cpu_collective_call_terminate_timeout_seconds=500",
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
         },
@@ -162,8 +165,11 @@ def test_a_lost_process_stops_the_other_and_the_run_goes_on(straight, inputs, tm
     """SIGKILL, then SIGTERM, each on one of two processes: the end is that of a straight run, to
     the bit; and within rounding where one process with eight devices takes over."""
     run = tmp_path / "run"
-    (status, output, seconds), (killed, *_) = two(inputs, run, at=3, who=1, number=signal.SIGKILL)
-    assert killed == -signal.SIGKILL and seconds < 5 * HEARTBEAT
+    (status, output, seconds), (killed, other, _) = two(
+        inputs, run, at=3, who=1, number=signal.SIGKILL
+    )
+    assert killed == -signal.SIGKILL, output[-3000:] + other[-3000:]
+    assert seconds < 5 * HEARTBEAT
     assert status == distributed.LOST, output[-3000:]
     assert output.splitlines()[-1].startswith("error: process 0 of 2 stops: another process")
     assert not (run / "report.json").exists()
@@ -261,6 +267,8 @@ def test_a_process_that_is_alone_says_so(process):
 )
 def test_flags_that_do_not_go_together(flags, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train", *flags.split()])
+    for name in [n for n in os.environ if n.startswith(("SLURM_", "OMPI_"))]:
+        monkeypatch.delenv(name)
     if not flags:
         monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(SystemExit) as exit_:
