@@ -121,9 +121,9 @@ def seen_rows(
     members, first = np.unique(whose[order], return_index=True)
     rows = []
     for m, nll in zip(members, np.split(each[order], first[1:]), strict=True):
-        nll = completion_part(nll, data.examples[m].prompt_targets)
+        nll = completion_part(nll, data.prompt_targets[m])
         sums = {"tokens": len(nll), "nll": nll.sum(), "nll_max": nll.max()}
-        rows.append({"id": data.examples[m].id, "step": step, **sums})
+        rows.append({"id": data.ids[m], "step": step, **sums})
     return rows
 
 

@@ -66,6 +66,8 @@ class Dataset:
         self._sizes = sorted(shapes)
         self._lengths = [len(e.tokens) for e in examples]
         self._loads = [e.load for e in examples]
+        self.ids = [e.id for e in examples]
+        self.prompt_targets = [e.prompt_targets for e in examples]
         # Of the targets with loss, the one that begins the completion; below 0: none does.
         self._answers = [e.answer_from - e.loss_from if e.answer_from > 0 else -1 for e in examples]
         # Packing 10,000 examples costs half a second; the plan is a function of the epoch alone.
