@@ -42,7 +42,7 @@ class Chip(NamedTuple):
 CHIPS = {
     "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9, "https://docs.cloud.google.com/tpu/docs/v5e"),
     "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, "https://docs.cloud.google.com/tpu/docs/v5p"),
-    "v6e": Chip(32 * GIB, 918e12, 1640e9, 448e9, "https://docs.cloud.google.com/tpu/docs/v6e"),
+    "v6e": Chip(32 * GIB, 918e12, 1600e9, 400e9, "https://docs.cloud.google.com/tpu/docs/v6e"),
 }
 ASSUMPTIONS = (
     "step: the longest of products, HBM traffic and collectives, each at the chip's stated peak "
