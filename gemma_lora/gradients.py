@@ -16,7 +16,6 @@ Letters: B rows of a batch, n examples, m --dimension.
 """
 
 import argparse
-import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +34,7 @@ from gemma_lora.data.dataset import Dataset, shapes
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import replace_file
-from gemma_lora.lora import from_base
+from gemma_lora.lora import started_from_base
 from gemma_lora.loss import Sweep
 from gemma_lora.metrics import say
 from gemma_lora.model import Transformer
@@ -175,7 +174,7 @@ def restored(opened: Run, workdir: pathlib.Path, which: str, base: Any) -> tuple
     tx = optimizer(opened.config.optim, opened.train_set.steps_per_epoch)
     state = init_state(opened.model, tx, opened.config.seed, opened.mesh)
     if opened.wrap.reads_base:
-        base, lora = jax.jit(functools.partial(from_base, opened.wrap))(base, state.lora)
+        base, lora = started_from_base(opened.wrap, base, state.lora)
         state = state.replace(lora=lora)
     if which == "0":
         return 0, state.lora, base

@@ -226,6 +226,15 @@ def from_base(
     return put(base, bases), put(lora, found)
 
 
+def started_from_base(config: LoRAConfig, base: Any, lora: Any) -> tuple[Any, Any]:
+    """`from_base` in place: what it changes keeps its sharding, and no second model is held."""
+    where = jax.tree.map(lambda x: x.sharding, (base, lora))
+    run = jax.jit(
+        lambda *trees: from_base(config, *trees), donate_argnums=(0, 1), out_shardings=where
+    )
+    return run(base, lora)
+
+
 def _each_layer(
     init: Callable, base: Leaves, leaves: Leaves, scale: float
 ) -> tuple[Leaves, Leaves]:

@@ -27,7 +27,13 @@ from gemma_lora.data.pipeline import describe, in_steps, load_data, unshuffled
 from gemma_lora.errors import UserError
 from gemma_lora.files import write_text
 from gemma_lora.interrupt import Interrupt
-from gemma_lora.lora import LoRAConfig, check_targets, count, from_base, on_original_base
+from gemma_lora.lora import (
+    LoRAConfig,
+    check_targets,
+    count,
+    on_original_base,
+    started_from_base,
+)
 from gemma_lora.metrics import (
     COPY,
     LEDGER,
@@ -137,7 +143,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         say(f"   starting {wrap.variant}, init {wrap.init}, from the base weights ...")
         with mark("start adapters"):
             # Also where a run continues: what PiSSA leaves of the base is made anew.
-            base, lora = jax.block_until_ready(_from_base(wrap, base, state.lora))
+            base, lora = jax.block_until_ready(started_from_base(wrap, base, state.lora))
         state = state.replace(lora=lora)
         if wrap.changes_base:
             initial = jax.tree.map(jnp.copy, lora)
@@ -401,15 +407,6 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
             },
         )
     return written
-
-
-def _from_base(wrap: LoRAConfig, base: Any, lora: Any) -> tuple[Any, Any]:
-    """lora.from_base in place: what it changes keeps its sharding, and no second model is held."""
-    where = jax.tree.map(lambda x: x.sharding, (base, lora))
-    run = jax.jit(
-        lambda *trees: from_base(wrap, *trees), donate_argnums=(0, 1), out_shardings=where
-    )
-    return run(base, lora)
 
 
 def _patience_over(notes: dict[str, Any], config: Any) -> bool:
