@@ -13,7 +13,7 @@ from gemma_lora.data.pipeline import load_data
 from gemma_lora.errors import UserError
 from gemma_lora.lora import LoRAConfig
 from gemma_lora.model import Transformer
-from gemma_lora.sharding import make_mesh
+from gemma_lora.sharding import check_rows, make_mesh
 from gemma_lora.weights.pretrained import Pretrained, build_model, open_weights
 
 
@@ -40,6 +40,7 @@ def reopen(workdir: pathlib.Path) -> Run:
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
     wrap = LoRAConfig(**config.lora)
     mesh = make_mesh(config.mesh)
+    check_rows(config.data.batch_size, mesh)
     model = build_model(pretrained.arch, config, wrap, mesh)
     train_set, validation, *_ = load_data(config, pretrained.tokenizer(), pretrained.arch.vocab)
     if train_set.fingerprint() + validation.fingerprint() != fingerprint:

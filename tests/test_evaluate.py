@@ -64,7 +64,7 @@ def trained(inputs, config, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # nothing that a user would have to wonder about
-    assert f"report                 {workdir / 'report.md'}" in done.stdout
+    assert f"report                 {workdir / 'report.html'}" in done.stdout
     return workdir
 
 
