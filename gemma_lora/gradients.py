@@ -170,8 +170,10 @@ def restored(opened: Run, workdir: pathlib.Path, which: str, base: Any) -> tuple
 
     Raises UserError where the workdir has no such checkpoint.
     """
-    # The optimizer's state is a part of a checkpoint, and does not depend on the number of steps.
-    tx = optimizer(opened.config.optim, opened.train_set.steps_per_epoch)
+    # The optimizer's state is a part of a checkpoint.
+    train = opened.config.train
+    total = train.max_steps or train.epochs * opened.train_set.steps_per_epoch
+    tx = optimizer(opened.config.optim, total)
     state = init_state(opened.model, tx, opened.config.seed, opened.mesh)
     if opened.wrap.reads_base:
         base, lora = started_from_base(opened.wrap, base, state.lora)

@@ -25,7 +25,8 @@ def figures(w: Workdir, report: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield "length", _length(report["loss_by_length"])
     if report["evals"]["best"] != report["evals"]["start"]:
         yield "base", _base(w)
-    if found := report["validation"].get("class_accuracy"):
+    found = report["validation"].get("class_accuracy")
+    if found and found["reliability"]:  # empty where a probability is not finite
         yield "reliability", _reliability(found["reliability"])
     if report["training"]:
         ledger, scores, _, _ = training.scored(w)
@@ -164,7 +165,11 @@ def _scores(scores: dict[str, np.ndarray], shown: list[str], ids: np.ndarray) ->
     marked = np.isin(ids, np.array(shown, object))
     for panel, (name, x) in zip(axes.flat, scores.items(), strict=False):
         finite = np.isfinite(x)
-        panel.stairs(*np.histogram(x[finite], bins=40), fill=True, color="0.6")  # one path
+        low, high = (x[finite].min(), x[finite].max()) if finite.any() else (0, 1)
+        if high - low <= 1e-9 * max(abs(low), abs(high)):  # too narrow for bins: numpy widens it
+            high = low
+        counts = np.histogram(x[finite], bins=40, range=(low, high))
+        panel.stairs(*counts, fill=True, color="0.6")  # one path
         panel.plot(x[finite & marked], np.zeros((finite & marked).sum()), "|", color="tab:red",
                    ms=9, clip_on=False)  # fmt: skip
         panel.set_title(name, fontsize=9, pad=2)
