@@ -26,7 +26,8 @@ def scored(w: Workdir) -> tuple[outliers.Ledger, dict[str, np.ndarray], list, st
         names = ["loss", *names, "combined"]
         table = read_table(path, ("id", "rules", *names))
         ids, loss = table["id"].to_numpy(), table["loss"].to_numpy()
-        if np.array_equal(ids, ledger.ids) and np.array_equal(loss, ledger.loss[-1], equal_nan=True):
+        same = np.array_equal(loss, ledger.loss[-1], equal_nan=True)
+        if same and np.array_equal(ids, ledger.ids):
             scores = {k: table[k].to_numpy() for k in names}
             return ledger, scores, table["rules"].to_pylist(), "outliers.parquet"
         source = "the ledger; outliers.parquet is of another eval or other examples, and not used"
