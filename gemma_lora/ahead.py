@@ -2,6 +2,7 @@
 take of one device. What was found is kept on disk."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -131,7 +132,8 @@ def facts(
     else:
         found |= _measured(compiled, arch, mesh, rows, length)
     found["seconds"] = time.monotonic() - start
-    write_text(path, json.dumps(found, indent=1) + "\n")
+    with contextlib.suppress(OSError):  # a folder that cannot be written only costs the time
+        write_text(path, json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -190,6 +192,7 @@ def _key(arch: Arch, config: Any, topology: str, mesh: Mesh, rows: int, length: 
         | {k: config[k].to_dict() for k in sections}
         | {"micro_batches": config.train.micro_batches},
         "run": [topology, dict(mesh.shape), rows, length, step],
+        "flags": {k: os.environ.get(k, "") for k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
         "versions": {p: _version(p) for p in ("jax", "jaxlib", "flax", "optax", "libtpu")},
     }
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())

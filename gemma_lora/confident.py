@@ -20,10 +20,12 @@ from gemma_lora.evaluate import read_table
 class Issues:
     """Of the labelled examples: which labels are doubted, and by which counts.
 
-    issue [n] bool; joint [k,k], rows the given labels: examples confidently of the column's label;
+    known: how many have a label and finite probabilities; issue [n] bool; joint [k,k], rows the
+    given labels: examples confidently of the column's label;
     thresholds [k]: the mean p of a label over its own examples.
     """
 
+    known: int
     issue: np.ndarray
     joint: np.ndarray
     thresholds: np.ndarray
@@ -42,7 +44,7 @@ def find(label: np.ndarray, p: np.ndarray) -> Issues:
         )
     from cleanlab import count  # takes seconds, with pandas and scikit-learn
 
-    known = label >= 0
+    known = (label >= 0) & np.isfinite(p).all(1)
     if absent := set(range(p.shape[1])) - set(label[known].tolist()):
         raise UserError(f"confident learning takes examples of every label; none of {absent}")
     joint, rows = count.compute_confident_joint(
@@ -50,7 +52,8 @@ def find(label: np.ndarray, p: np.ndarray) -> Issues:
     )
     issue = np.zeros(len(label), bool)
     issue[np.flatnonzero(known)[rows]] = True
-    return Issues(issue, joint, count.get_confident_thresholds(label[known], p[known]))
+    thresholds = count.get_confident_thresholds(label[known], p[known])
+    return Issues(int(known.sum()), issue, joint, thresholds)
 
 
 def read(workdir: pathlib.Path, ids: np.ndarray) -> np.ndarray:

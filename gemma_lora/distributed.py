@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gemma_lora.errors import UserError, run_main
 
 LOST = 75  # exit status of a process whose companions are gone; EX_TEMPFAIL: try again
+_first = False  # is this process 0; known once all have joined
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -58,7 +59,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     # The usual exit waits for all processes, and the others may be waiting for this one.
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.process_index() == 0:
+    if _first:  # a device that failed cannot be asked again
         time.sleep(2)  # its end is that of the others: what failed on them, too, they say first
     os._exit(code)
 
@@ -110,6 +111,7 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _join(options: argparse.Namespace) -> None:
     """Waits for all processes; UserError where that cannot work."""
+    global _first
     auto = options.coordinator == "auto"
     who = "this process" if auto else f"process {options.process} of {options.processes}"
     _at_abort(
@@ -140,6 +142,7 @@ def _join(options: argparse.Namespace) -> None:
             f"{options.processes} processes have met, but the devices are those of "
             f"{jax.process_count()}: the {jax.default_backend()} backend does not join them"
         )
+    _first = jax.process_index() == 0
     _at_abort(
         f"error: process {jax.process_index()} of {jax.process_count()} stops: another process "
         "has failed or was lost, its own output may say why; the same command on all of them "

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from gemma_lora import distributed
 from gemma_lora.compiled import keep_compiled
-from gemma_lora.config import parse_flags
+from gemma_lora.config import parse_flags, to_dict
 from gemma_lora.data import sources
 from gemma_lora.data.dataset import Dataset, shapes
 from gemma_lora.data.examples import check_vocabulary, tokenize
@@ -234,7 +234,9 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     adapter: a PEFT adapter directory; None: the base model.
     """
     if jax.process_index() == 0:
-        _claim(out)
+        command = json.dumps([to_dict(config), str(adapter)], sort_keys=True)
+    distributed.agree("the command", command)
+    _claim(out)
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
     wrap, lora = peft.read(adapter, pretrained.arch) if adapter else (no_wrap, {})
     where = config.data.path or config.data.source

@@ -60,7 +60,7 @@ def explain(
     if (label >= 0).any():
         try:
             found = confident.find(label, confident.read(workdir, columns["id"]))
-            doubted, lines = found.issue, _confident(found, int((label >= 0).sum()))
+            doubted, lines = found.issue, _confident(found)
         except UserError as e:
             lines = ["", "# Confident learning", "", f"Not computed: {e}."]
     categories = []
@@ -141,13 +141,14 @@ def _table(found: list[traits.Trait]) -> list[str]:
     return ["| trait | these | others | lift | p |", "| --- | --- | --- | --- | --- |", *rows]
 
 
-def _confident(found: confident.Issues, labelled: int) -> list[str]:
+def _confident(found: confident.Issues) -> list[str]:
     issues = int(found.issue.sum())
     lines = ["", "# Confident learning", ""]
     lines += [
-        f"Of {labelled} labels {issues} ({issues / labelled:.1%}) are doubted out of fold: p of "
-        "another label reaches the mean p that this label has over its own examples. The model's "
-        "own mistakes count, too: with a weak model there are more of these than label errors.",
+        f"Of {found.known} labels {issues} ({issues / found.known:.1%}) are doubted out of fold: "
+        "p of another label reaches the mean p that this label has over its own examples. The "
+        "model's own mistakes count, too: with a weak model there are more of these than label "
+        "errors.",
         "",
         "| given label | threshold | examples confidently of label 0, 1, ... |",
         "| --- | --- | --- |",

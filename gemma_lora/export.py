@@ -39,6 +39,7 @@ from gemma_lora.sharding import make_mesh, tree_shardings
 from gemma_lora.tokenizer import Tokenizer
 from gemma_lora.weights import mapping, peft
 from gemma_lora.weights.pretrained import Pretrained, load_base, open_weights
+from gemma_lora.workdir import read_config
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # ours -> safetensors'
 SHARD_GB = 5.0  # the largest file of weights in 10^9 bytes
@@ -51,6 +52,8 @@ TEXTS = (
     "Straße, naïveté, Ελλάδα, Москва, 東京, नमस्ते: a tokenizer has to know what to do with these.",
     "def area(radius):\n    # of a circle\n    return 3.14159 * radius ** 2\n\n\nprint(area(1.5))",
 )
+# Of a run's config, what its model is made from.
+CONFIG = ("weights", "arch", "weights_sha256", "tokenizer", "dtype", "quantize")
 # Of a Hugging Face base: the tokenizer's files, and what its config.json says beyond the Arch.
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -103,7 +106,7 @@ def export(
         raise UserError("--dtype and --max-shard-gb are for --format merged")
     if shard_gb is not None and not shard_gb > 0:
         raise UserError(f"--max-shard-gb is {shard_gb}, expected a positive number")
-    run = _config(workdir)
+    run = read_config(workdir, CONFIG)
     if not (workdir / "adapter").is_dir():
         raise UserError(
             f"{workdir} has no adapter: the run has not finished. The command that started it "
@@ -126,19 +129,6 @@ def export(
         if run["quantize"]:
             facts["merged into"] = f"the base's own weights, not those in {run['quantize']}"
         return facts | check_merged(tuned, directory, dtype, sums)
-
-
-def _config(workdir: pathlib.Path) -> dict[str, Any]:
-    """The config.json of a run."""
-    path = workdir / "config.json"
-    try:
-        run = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{workdir} is not the workdir of a run: {path.name}: {e}") from e
-    keys = ("weights", "arch", "weights_sha256", "tokenizer", "dtype", "quantize")
-    if missing := [k for k in keys if k not in run]:
-        raise UserError(f"{path} is not the config of a run: it lacks {', '.join(missing)}")
-    return run
 
 
 @contextlib.contextmanager

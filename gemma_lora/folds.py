@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+from ml_collections import ConfigDict
 
 from gemma_lora import distributed, evaluate
 from gemma_lora.compiled import keep_compiled
@@ -61,6 +62,7 @@ def parts(train_set: Dataset, config: Any, folds: int) -> list[tuple[Dataset, Da
 
 def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
     """Makes the folds that are missing; returns the columns of scores.parquet, in id order."""
+    distributed.agree("--folds", str(folds))
     opened = reopen(workdir)
     config, wrap, mesh = opened.config, opened.wrap, opened.mesh
     model, train_set = opened.model, opened.train_set
@@ -72,7 +74,9 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
     made = parts(train_set, config, folds)
     paths = [workdir / "folds" / f"{k}_of_{folds}.parquet" for k in range(folds)]
     distributed.agree("the data", train_set.fingerprint())
-    done = distributed.from_first([path.exists() for path in paths])
+    # Process 0 alone asks: what another one has not found it may not find soon after.
+    first = jax.process_index() == 0
+    done = [distributed.from_first(first and path.exists()) for path in paths]
     base = None
     evaluating = jit_eval_step(model, config, train_set.label_tokens, mesh)
     for k, ((fit, held), path, kept) in enumerate(zip(made, paths, done, strict=True)):
@@ -82,7 +86,9 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
         if base is None:
             base = jax.block_until_ready(load_base(opened.pretrained, model, mesh))
         total = fit.steps_per_epoch
-        tx = optimizer(config.optim, total)
+        # The run may be longer than an epoch, and its warmup longer than the fold.
+        warmup = min(config.optim.warmup_steps, total - 1)
+        tx = optimizer(ConfigDict(config.optim.to_dict() | {"warmup_steps": warmup}), total)
         state = init_state(model, tx, config.seed, mesh)
         step = jit_train_step(model, tx, config, state, mesh)
         for batch in fit.batches(0, total):

@@ -211,14 +211,14 @@ def run(workdir: pathlib.Path, which: str, m: int) -> dict[str, Any]:
     index, cosine = most_alike(projected, NEIGHBOURS)
     columns = {
         "id": ids,
+        "step": [step] * len(ids),
         "grad_norm": norm,
         "grad_misfit": misfit(projected),
         "neighbours": [[ids[j] for j in row] for row in index],
         "cosines": list(cosine),
     }
-    if jax.process_index() == 0:
-        with replace_file(workdir / "gradients.parquet") as temporary:
-            pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+    with replace_file(workdir / "gradients.parquet") as temporary:
+        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
     return columns
 
 

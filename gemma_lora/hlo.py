@@ -177,10 +177,6 @@ class Collective:
     source: str
 
     @property
-    def in_loop(self) -> bool:
-        return self.times > 1
-
-    @property
     def bytes(self) -> float:
         """What a device sends in all runs, by the algorithm on a ring, the least there is."""
         size = sum(x.bytes for x in self.results)

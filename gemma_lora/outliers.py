@@ -10,7 +10,6 @@ e evals.
 
 import argparse
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -24,6 +23,7 @@ from gemma_lora import explain, review, rules
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.evaluate import completion_part, read_table
 from gemma_lora.files import replace_file, write_text
+from gemma_lora.workdir import read_config
 
 # Every score is larger where an example is more suspicious. All but base_loss and length_z, which
 # need one eval, take the evals after step 0. Losses are of the completion alone, in nats a token,
@@ -59,6 +59,7 @@ MORE = {
 # What `combined` takes the mean rank of: where there are labels, and where there are none.
 LABELLED = ("fold_label", "label_aum")
 UNLABELLED = ("fold_loss", "length_z")
+TOP = 30  # examples shown, unless the command says how many
 OPENING = 20  # tokens
 RUNNING = 101  # examples that a running median is over
 FORGETTING_EVALS = 6  # fewer say nothing about forgetting
@@ -146,8 +147,10 @@ def length_z(loss: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     out = np.empty(len(loss))
     for b in np.unique(bins):
         inside = loss[bins == b]
-        away = inside - np.median(inside)
-        deviation = 1.4826 * np.median(np.abs(away))
+        # An example whose loss is no number has no place, and leaves the others theirs.
+        finite = inside[~np.isnan(inside)]
+        away = inside - (np.median(finite) if len(finite) else np.nan)
+        deviation = 1.4826 * np.median(np.abs(away[~np.isnan(inside)])) if len(finite) else 0
         out[bins == b] = away / deviation if deviation else np.sign(away)
     return out
 
@@ -237,31 +240,36 @@ def read_more(workdir: pathlib.Path, ids: np.ndarray) -> dict[str, np.ndarray]:
     return {k: x for k, x in found.items() if not np.isnan(x).all()}
 
 
-def read_neighbours(workdir: pathlib.Path) -> dict[str, list[tuple[str, float]]]:
-    """id -> (id, cosine) of the examples with the most alike gradients; {}: none were taken."""
+def read_neighbours(
+    workdir: pathlib.Path,
+) -> tuple[dict[str, list[tuple[str, float]]], int | None]:
+    """(id -> (id, cosine) of the examples with the most alike gradients, the step whose adapters
+    they were taken under); ({}, None): none were taken."""
     path = workdir / "gradients.parquet"
     if not path.exists():
-        return {}
-    columns = [c.to_pylist() for c in read_table(path, ("id", "neighbours", "cosines")).columns]
-    return {i: list(zip(*pair, strict=True)) for i, *pair in zip(*columns, strict=True)}
+        return {}, None
+    table = read_table(path, ("id", "neighbours", "cosines", "step"))
+    columns = [c.to_pylist() for c in table.columns[:3]]
+    pairs = {i: list(zip(*pair, strict=True)) for i, *pair in zip(*columns, strict=True)}
+    return pairs, table["step"][0].as_py()
 
 
-def broken_rules(workdir: pathlib.Path) -> dict[str, dict[str, str]]:
-    """id -> rule -> why, of the training examples that a rule flags."""
-    rows = []
+def broken_rules(workdir: pathlib.Path) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """(id -> rule -> why, of the training examples that a rule flags; lines on rare labels)."""
+    rows, words = [], {}
     for split in ("train", "validation"):
         for e in read_examples(workdir, split):
             cut = e["completion"]
+            words[e["label"]] = e["text"][cut:].strip()
             rows.append(
                 rules.Row(e["id"], split, e["text"][:cut], e["text"][cut:], e["length"], e["label"])
             )
-    try:
-        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        seq_len = config["data"]["seq_len"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{workdir / 'config.json'} is missing or damaged: {e}") from e
+    seq_len = read_config(workdir, ("data",))["data"]["seq_len"]
     trained = {r.id for r in rows if r.split == "train"}
-    return {k: v for k, v in rules.check(rows, seq_len).items() if k in trained}
+    rare = rules.imbalance([r for r in rows if r.split == "train"]) or {}
+    lines = [f"- label {words[k]!r}: {share:.1%} of the labelled" for k, share in rare.items()]
+    broken = {k: v for k, v in rules.check(rows, seq_len).items() if k in trained}
+    return broken, ["", "# Rare labels", "", *lines] if lines else []
 
 
 def markdown(
@@ -272,6 +280,7 @@ def markdown(
     worst: np.ndarray,
     categories: list[str],
     neighbours: dict[str, list[tuple[str, float]]],
+    gradient_step: int | None,
     shared: list[str],
 ) -> str:
     """The worst examples, what they share (lines of Markdown), and those that break a rule."""
@@ -279,6 +288,8 @@ def markdown(
     lines = [f"# The {len(worst)} most suspicious of {len(columns['id'])} training examples", ""]
     lines += ["Of each score its value and, in brackets, the share of examples below or at it.", ""]
     lines += [f"- `{k}`: {SCORES[k]}" for k in names]
+    if gradient_step is not None:
+        lines += ["", f"Gradients are those under the adapters of step {gradient_step}."]
     for place, i in enumerate(worst, 1):
         shown = ", ".join(f"{k} {columns[k][i]:.3g} ({ranks[k][i]:.3f})" for k in names)
         lines += ["", f"## {place}. {columns['id'][i]}: {categories[i]}", "", shown, ""]
@@ -302,23 +313,29 @@ def _begins(text: str) -> str:
     return " ".join(text[:120].replace("`", "'").split())
 
 
-def mine(workdir: pathlib.Path, top: int, filtered: pathlib.Path | None) -> dict[str, np.ndarray]:
-    """Writes the files of a workdir, and to `filtered` the ids of the `top` worst."""
+def mine(
+    workdir: pathlib.Path, top: int | None, filtered: pathlib.Path | None
+) -> dict[str, np.ndarray]:
+    """Writes the files of a workdir, and to `filtered` the ids of the `top` worst.
+
+    top: None: TOP, or all where there are fewer.
+    """
     columns = score(workdir)
+    top = min(TOP, len(columns["id"])) if top is None else top
     if not 0 < top <= len(columns["id"]):
         raise UserError(f"--top is {top}, expected 1 to {len(columns['id'])} training examples")
     examples = read_examples(workdir, "train")
     texts = [e["text"] for e in examples]
-    broken = broken_rules(workdir)
+    broken, rare = broken_rules(workdir)
     ranks = {k: rank(columns[k]) for k in SCORES if k in columns}
     worst = np.argsort(-columns["combined"], kind="stable")[:top]
     categories, shared = explain.explain(workdir, examples, columns, ranks, broken, worst)
-    shared = review.write(workdir, texts, columns, broken, categories, top) + shared
+    shared = review.write(workdir, texts, columns, broken, categories, top) + shared + rare
     more = {"rules": [sorted(broken.get(i, {})) for i in columns["id"]], "category": categories}
     with replace_file(workdir / "outliers.parquet") as temporary:
         pyarrow.parquet.write_table(pyarrow.table(columns | more), temporary)
-    near = read_neighbours(workdir)
-    page = markdown(columns, broken, texts, ranks, worst, categories, near, shared)
+    near, step = read_neighbours(workdir)
+    page = markdown(columns, broken, texts, ranks, worst, categories, near, step, shared)
     write_text(workdir / "outliers.md", page)
     if filtered:
         write_text(filtered, "".join(f"{columns['id'][i]}\n" for i in worst))
@@ -328,7 +345,7 @@ def mine(workdir: pathlib.Path, top: int, filtered: pathlib.Path | None) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description="Mine the outliers of a run's training examples.")
     parser.add_argument("--workdir", required=True, type=pathlib.Path)
-    parser.add_argument("--top", type=int, default=30, help="how many to show or to filter")
+    parser.add_argument("--top", type=int, help=f"how many to show or filter ({TOP})")
     parser.add_argument("--write-filtered", type=pathlib.Path, help="a file for data.exclude")
     options = parser.parse_args()
     columns = mine(options.workdir, options.top, options.write_filtered)

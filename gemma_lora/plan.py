@@ -54,6 +54,7 @@ ASSUMPTIONS = (
     "hours: every row full, one example a row; evaluations among them; no start, no compilation, "
     "no waiting for data",
 )
+HELD = ("arguments", "temporaries", "outputs", "code")  # the bytes that a program takes
 
 
 class Job(NamedTuple):
@@ -131,7 +132,7 @@ def _refused(facts: dict[str, Any]) -> bool:
 def _peak(facts: dict[str, Any]) -> int:
     if _refused(facts):
         return facts["needs"]
-    return sum(facts[k] for k in ("arguments", "temporaries", "outputs", "code"))
+    return sum(facts[k] for k in HELD)
 
 
 def largest(job: Job) -> dict[str, Any]:
@@ -144,14 +145,15 @@ def largest(job: Job) -> dict[str, Any]:
     if chip is None:
         raise UserError(f"--largest: the memory of a {job.topology} is not known")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    unit = math.lcm(ways, job.config.train.micro_batches)  # what the rows of a batch must divide by
     known: dict[int, int] = {}
 
-    def fits(rows: int) -> bool:
-        found = _facts(job, mesh, rows * ways, "train")
-        known[rows] = _peak(found)
-        return known[rows] <= chip.hbm and not _refused(found)
+    def fits(units: int) -> bool:
+        found = _facts(job, mesh, units * unit, "train")
+        known[units] = _peak(found)
+        return known[units] <= chip.hbm and not _refused(found)
 
-    low, high = 0, max(1, job.config.data.batch_size // ways)
+    low, high = 0, max(1, job.config.data.batch_size // unit)
     while fits(high):
         low, high = high, 2 * high
     along = True
@@ -163,7 +165,8 @@ def largest(job: Job) -> dict[str, Any]:
         along = not along  # in turn with halving, as memory is no line where programs differ
         at = min(max(at, low + 1), high - 1)
         low, high = (at, high) if fits(at) else (low, at)
-    return {"rows": low, "too_many": high, "peak": known.get(low), "ways": ways}
+    each = unit // ways
+    return {"rows": low * each, "too_many": high * each, "peak": known.get(low), "ways": ways}
 
 
 def _time(
@@ -191,7 +194,7 @@ def _time(
         "hours": None,
         "money": None,
     }
-    if examples is None and not config.train.max_steps:
+    if examples is None:
         return out
     steps, evals = _steps(config, examples)
     out["steps"], out["eval_steps"] = steps, evals
@@ -214,15 +217,33 @@ def _attention_flops(facts: dict[str, Any], arch: Arch, mesh: Any, rows: int, le
     return facts["attention"] * each
 
 
-def _steps(config: Any, examples: int | None) -> tuple[int, int]:
-    """(training steps, evaluation steps of both fixed sets) of a run to its end."""
+def _steps(config: Any, examples: int) -> tuple[int, int]:
+    """(training steps, evaluation steps) of a run to its end, early stopping aside.
+
+    An evaluation takes the validation set, and the probe of the training set or, for the ledger,
+    all of it.
+    """
     data, train = config.data, config.train
-    held = 0 if data.validation_path else round((examples or 0) * data.validation_fraction)
-    each = max(1, ((examples or 0) - held) // data.batch_size)
+    held, fit = round(examples * data.validation_fraction), examples
+    if data.validation_path:
+        held = len(sources.read("", data.validation_path, 0))
+    else:
+        fit = examples - held
+    each, size = max(1, -(-fit // data.batch_size)), train.eval_examples
     total = train.max_steps or train.epochs * each
-    fixed = min(held, train.eval_examples or held)
-    times = 1 + math.ceil(total / in_steps(train.eval_every, each))
-    return total, 2 * times * -(-fixed // data.batch_size)
+
+    def at(every: int) -> set[int]:
+        return {0, *range(every, total, every), total} if every else set()
+
+    def batches(n: int) -> int:
+        return -(-(min(n, size) if size else n) // data.batch_size)
+
+    ledgers = at(in_steps(train.ledger_every, each))
+    evals = at(in_steps(train.eval_every, each)) | ledgers
+    probed = len(evals - ledgers)
+    # The probe is as large as the validation set, where the training set is.
+    probe = batches(min(held, fit))
+    return total, len(evals) * batches(held) + probed * probe + len(ledgers) * each
 
 
 def count_examples(config: Any) -> int | None:
@@ -305,9 +326,9 @@ def table(rows: list[dict[str, Any]], prices: dict[str, Any] | None) -> str:
 
 def _cells(row: dict[str, Any], prices: dict[str, Any] | None) -> list[str]:
     train, chip = row["train"], row["hbm"]
-    kinds = ("arguments", "temporaries", "outputs", "code")
-    parts = " + ".join(f"{train[k] / GIB:.2f}" for k in kinds)
-    over = max(row["peak"], row["eval_peak"]) - (chip or 0)
+    parts = " + ".join(f"{train[k] / GIB:.2f}" for k in HELD)
+    room = row["eval"].get("available", chip or 0)  # what the compiler counts with is less
+    over = max(row["peak"] - (chip or 0), row["eval_peak"] - room)
     fits = (
         "memory not known" if chip is None else "yes" if row["fits"] else f"no, by {over / GIB:.2f}"
     )

@@ -15,6 +15,7 @@ from gemma_lora.lora import LoRAConfig
 from gemma_lora.model import Transformer
 from gemma_lora.sharding import check_rows, make_mesh
 from gemma_lora.weights.pretrained import Pretrained, build_model, open_weights
+from gemma_lora.workdir import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +51,14 @@ def reopen(workdir: pathlib.Path) -> Run:
 
 def _read_config(workdir: pathlib.Path) -> ConfigDict:
     """The config of the run in a workdir; UserError where it is missing or of another version."""
+    config = ConfigDict(read_config(workdir, ("data", "lora")))
     try:
-        config = ConfigDict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{workdir / 'config.json'} is missing or damaged: {e}") from e
-    # JSON has no tuples.
-    pairs = {k: tuple(v) for k, v in config.data.items() if isinstance(v, list)}
-    config.data.update(pairs)
-    for k in ("rank_pattern", "alpha_pattern"):
-        config.lora[k] = tuple(map(tuple, config.lora[k]))
+        # JSON has no tuples.
+        pairs = {k: tuple(v) for k, v in config.data.items() if isinstance(v, list)}
+        config.data.update(pairs)
+        for k in ("rank_pattern", "alpha_pattern"):
+            config.lora[k] = tuple(map(tuple, config.lora[k]))
+    except (AttributeError, KeyError, TypeError) as e:
+        raise UserError(f"{workdir / 'config.json'} is of another version: {e}") from e
     check(config)
     return config

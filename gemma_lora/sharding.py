@@ -57,7 +57,10 @@ def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
         outer.append(math.gcd(size, left))
         left //= outer[-1]
     inner = [n // m for n, m in zip(shape, outer, strict=True)]
-    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    # As jax.make_mesh does for one slice.
+    grid = mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
+    )
     return Mesh(grid, AXES, axis_types=types)
 
 

@@ -1,4 +1,4 @@
-"""The statistics of a report: intervals, paired tests, trends. Numbers in, numbers out."""
+"""The statistics of reports, traits and reviews: intervals, tests, trends. Numbers in and out."""
 
 import math
 from typing import Any

@@ -187,7 +187,7 @@ def tfidf(texts: Sequence[str], rows: Sequence[int]) -> tuple[csr_array, list[st
 
 
 def clusters(texts: Sequence[str], flagged: np.ndarray) -> list[tuple[np.ndarray, list[str]]]:
-    """(indices, five words that weigh most) of each group of flagged texts [n] that are alike.
+    """(indices, the at most five words that weigh most) of each group of alike flagged texts [n].
 
     Agglomerative, average linkage, on the cosine distance of TF-IDF. It stops at the distance that
     a share CLOSE of the pairs of SAMPLE other texts is below. Groups below CLUSTER_LEAST rows are
@@ -210,6 +210,6 @@ def clusters(texts: Sequence[str], flagged: np.ndarray) -> list[tuple[np.ndarray
     for name, size in collections.Counter(names.tolist()).most_common():
         if size >= CLUSTER_LEAST:
             weight = vectors[np.flatnonzero(names == name)].mean(0)
-            top = np.argsort(-weight, kind="stable")[:5]
+            top = [j for j in np.argsort(-weight, kind="stable")[:5] if weight[j] > 0]
             out.append((mine[names == name], [words[j] for j in top]))
     return out

@@ -1,7 +1,8 @@
 """The directory of a run: may this run use it, and what does it hold.
 
 config.json, run.json, metrics.jsonl, checkpoints/, ledger/ (Parquet), adapter/ (PEFT),
-report.json, report.md, report.html, learning_curve.png, tensorboard/.
+report.json, report.md, report.html, learning_curve.png, tensorboard/. What other commands leave:
+folds/, gradients.parquet, outliers.parquet, outliers.md, review.csv, review.html.
 """
 
 import json
@@ -70,6 +71,20 @@ def _claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> bo
     except OSError as e:
         raise UserError(f"workdir {workdir} cannot be used: {e.strerror or e}") from e
     return begun
+
+
+def read_config(workdir: pathlib.Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The config.json of a run; UserError where it is missing, damaged or lacks one of the keys."""
+    path = workdir / "config.json"
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(
+            f"{workdir} is not the workdir of a run: {path.name} is missing or damaged: {e}"
+        ) from e
+    if missing := [k for k in keys if k not in found]:
+        raise UserError(f"{path} is not the config of a run: it lacks {', '.join(missing)}")
+    return found
 
 
 def forget_after(workdir: pathlib.Path, step: int | None) -> None:

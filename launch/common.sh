@@ -41,6 +41,38 @@ take() {
   [ -n "$value" ] || die "${1%%=*} needs a value"
 }
 
+# Reads a verb of $verbs and the flags: those of $switches become 1, those of $flags take a value.
+# `rest` is what stands after --.
+parse() {
+  case ${1:-} in
+    -h | --help) usage; exit 0 ;;
+    '') die "no verb, expected one of: $verbs (--help explains)" ;;
+  esac
+  verb=$1
+  shift
+  case " $verbs " in *" $verb "*) ;; *) die "unknown verb '$verb', expected one of: $verbs" ;; esac
+  local flag # no flag has this name
+  while [ $# -gt 0 ]; do
+    case $1 in
+      -h | --help) usage; exit 0 ;;
+      --) shift; break ;;
+    esac
+    flag=${1#--}
+    flag=${flag%%=*}
+    if [[ $1 == "--$flag" && " $switches " == *" $flag "* ]]; then
+      printf -v "${flag//-/_}" 1
+      shift
+    elif [[ $1 == --?* && " $flags " == *" $flag "* ]]; then
+      take "$@"
+      printf -v "$flag" %s "$value"
+      shift "$used"
+    else
+      die "unknown flag '$1' of $verb; what the training gets comes after --"
+    fi
+  done
+  rest=("$@")
+}
+
 # Stops where a variable is empty: the flag of that name is missing.
 need() {
   local flag # no flag has this name

@@ -13,34 +13,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 verbs="install run slurm"
-dry_run="" hosts="" dir=gemma_lora port=8476 nodes="" gpus="" partition="" time="" value="" used=1
+switches="dry-run"
+flags="hosts dir port nodes gpus partition time"
+dry_run="" hosts="" dir=gemma_lora port=8476 nodes="" gpus="" partition="" time=""
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
-case ${1:-} in
-  -h | --help) usage; exit 0 ;;
-  '') die "no verb, expected one of: $verbs (--help explains)" ;;
-esac
-verb=$1
-shift
-case " $verbs " in *" $verb "*) ;; *) die "unknown verb '$verb', expected one of: $verbs" ;; esac
-while [ $# -gt 0 ]; do
-  used=1
-  case $1 in
-    --dry-run) dry_run=1 ;;
-    --hosts | --hosts=*) take "$@"; hosts=$value ;;
-    --dir | --dir=*) take "$@"; dir=$value ;;
-    --port | --port=*) take "$@"; port=$value ;;
-    --nodes | --nodes=*) take "$@"; nodes=$value ;;
-    --gpus | --gpus=*) take "$@"; gpus=$value ;;
-    --partition | --partition=*) take "$@"; partition=$value ;;
-    --time | --time=*) take "$@"; time=$value ;;
-    -h | --help) usage; exit 0 ;;
-    --) shift; break ;;
-    *) die "unknown flag '$1' of $verb; what the training gets comes after --" ;;
-  esac
-  shift "$used"
-done
+parse "$@"
+set -- ${rest[@]+"${rest[@]}"}
 case $verb in
   install) [ $# -eq 0 ] || die "install takes nothing after --" ;;
   *) [ $# -gt 0 ] || die "$verb needs the training's flags after --, such as -- --config C --workdir DIR" ;;
@@ -76,8 +56,8 @@ run() {
   if [ -z "$dry_run" ]; then trap 'stop' INT TERM; fi
   for i in "${!host[@]}"; do
     place=(--coordinator "${host[0]#*@}:$port" --processes "${#host[@]}" --process "$i")
-    # exec: the pid is then that of the training.
-    call ssh "${host[$i]}" "cd $(quoted "$dir") && echo \$\$ >run.pid && exec $(quoted "${train[@]}" "${place[@]}" "$@")" &
+    # exec: the pid is then that of the training. The homes of all hosts may be one.
+    call ssh "${host[$i]}" "cd $(quoted "$dir") && echo \$\$ >run.\$(hostname).pid && exec $(quoted "${train[@]}" "${place[@]}" "$@")" &
     pids+=($!)
     if [ -n "$dry_run" ]; then wait $!; fi # in their order
   done
@@ -96,7 +76,7 @@ run() {
 
 stop() {
   for one in "${host[@]}"; do
-    call ssh "$one" "kill -TERM \"\$(cat $(quoted "$dir")/run.pid)\"" || true
+    call ssh "$one" "kill -TERM \"\$(cat $(quoted "$dir")/run.\$(hostname).pid)\"" || true
   done
 }
 

@@ -14,35 +14,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 verbs="create install run logs resume delete"
-dry_run="" name="" zone="" project="" type="" runtime="" spot="" nfs="" worker=0 value="" used=1
+switches="dry-run spot"
+flags="name zone project type runtime nfs worker"
+dry_run="" name="" zone="" project="" type="" runtime="" spot="" nfs="" worker=0
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
-case ${1:-} in
-  -h | --help) usage; exit 0 ;;
-  '') die "no verb, expected one of: $verbs (--help explains)" ;;
-esac
-verb=$1
-shift
-case " $verbs " in *" $verb "*) ;; *) die "unknown verb '$verb', expected one of: $verbs" ;; esac
-while [ $# -gt 0 ]; do
-  used=1
-  case $1 in
-    --dry-run) dry_run=1 ;;
-    --spot) spot=1 ;;
-    --name | --name=*) take "$@"; name=$value ;;
-    --zone | --zone=*) take "$@"; zone=$value ;;
-    --project | --project=*) take "$@"; project=$value ;;
-    --type | --type=*) take "$@"; type=$value ;;
-    --runtime | --runtime=*) take "$@"; runtime=$value ;;
-    --nfs | --nfs=*) take "$@"; nfs=$value ;;
-    --worker | --worker=*) take "$@"; worker=$value ;;
-    -h | --help) usage; exit 0 ;;
-    --) shift; break ;;
-    *) die "unknown flag '$1' of $verb; what the training gets comes after --" ;;
-  esac
-  shift "$used"
-done
+parse "$@"
+set -- ${rest[@]+"${rest[@]}"}
 need name zone
 case $verb in create | resume) need type runtime ;; esac
 case $verb in
@@ -66,9 +45,13 @@ on() { # WORKER COMMAND
 state() { resource describe '--format=value(state.state)' || echo NONE; }
 
 create() {
-  local now
   resource create --node-id="$name" --accelerator-type="$type" --runtime-version="$runtime" \
     ${spot:+--spot}
+  await_active
+}
+
+await_active() {
+  local now
   if [ -n "$dry_run" ]; then
     state
     return
@@ -110,11 +93,13 @@ resume() {
   local now
   now=$(state)
   if [ -n "$dry_run" ]; then echo "$now"; fi
-  if [ "$now" != ACTIVE ]; then
-    if [ "$now" != NONE ]; then delete; fi
-    create
-    install
-  fi
+  case $now in
+    ACTIVE) ;;
+    NONE) create; install ;;
+    # Still in the queue: to ask anew would lose the place.
+    ACCEPTED | PROVISIONING | CREATING | WAITING_FOR_RESOURCES) await_active; install ;;
+    *) delete; create; install ;;
+  esac
   run "$@"
 }
 

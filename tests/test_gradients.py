@@ -178,7 +178,7 @@ def test_what_the_command_writes(run):
     """Of the adapters of the best step; outliers takes the scores and shows the neighbours."""
     gradients.run(run, "best", 128)
     table = pyarrow.parquet.read_table(run / "gradients.parquet")
-    assert table.column_names == ["id", "grad_norm", "grad_misfit", "neighbours", "cosines"]
+    assert table.column_names == ["id", "step", "grad_norm", "grad_misfit", "neighbours", "cosines"]
     rows = {r["id"]: r for r in table.to_pylist()}
     assert list(rows) == sorted(rows) and len(rows) == 19
     assert rows["copy"]["neighbours"][0] == "1+2" and rows["1+2"]["neighbours"][0] == "copy"
@@ -201,7 +201,7 @@ def test_what_the_command_writes(run):
     part = page.partition(". copy: ")[2].partition("\n## ")[0]
     texts = {e["id"]: e["text"] for e in outliers.read_examples(run, "train")}
     assert f"- 1+2, cosine 1.000: `{' '.join(texts['1+2'].split())}`" in part
-    assert part.count("cosine") == 5
+    assert part.count("cosine") == 5 and "under the adapters of step 8." in page
 
 
 def test_steps(run):

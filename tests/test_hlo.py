@@ -63,7 +63,7 @@ def test_a_loop_of_slices_that_are_gathered():
     program = hlo.parse(LOOP)
     assert program.unknown == 0
     (one,) = hlo.collectives(program)
-    assert (one.kind, one.ways, one.times, one.in_loop) == ("all-gather", 4, 3, True)
+    assert (one.kind, one.ways, one.times) == ("all-gather", 4, 3)
     assert one.bytes == 3 * 3 / 4 * 4 * 8 * 16 * 2  # three times three quarters of [4,8,16]
     # A slice in bfloat16 is read, and written in float32; that is read again; what is gathered
     # is written, once, and the rest is on the chip.

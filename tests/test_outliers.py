@@ -119,6 +119,14 @@ def made(label_p: np.ndarray, label: list[int]) -> outliers.Ledger:
     )  # fmt: skip
 
 
+def test_an_example_without_a_number_leaves_the_others_their_place():
+    loss, tokens = np.array([1.0, 2.0, 4.0, np.nan]), np.full(4, 9)
+    got = outliers.length_z(loss, tokens)
+    assert np.array_equal(got[:3], outliers.length_z(loss[:3], tokens[:3]))
+    assert np.isnan(got[3])
+    assert np.isnan(outliers.length_z(np.full(2, np.nan), tokens[:2])).all()
+
+
 def test_scores_of_labels():
     """A flipped label is the first; an example without a label has no such score and no rank."""
     p = np.array([[[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]]] * 2)

@@ -116,6 +116,9 @@ def test_clusters_are_the_planted_groups():
     assert [rows.tolist() for rows, _ in found] == [[0, 1, 2, 3], [10, 11, 12]]
     assert {"ship", "harbour", "captain"} <= set(found[0][1])
     assert traits.clusters(texts, np.arange(120) < 2) == []
+    alike = ["alpha beta"] * 3 + [f"{a} {b}" for a, b in zip(words[::2], words[1::2], strict=True)]
+    [(_, top)] = traits.clusters(alike, np.arange(len(alike)) < 3)
+    assert sorted(top) == ["alpha", "beta"]
     assert traits.clusters([f"x{chr(97 + i)}" for i in range(20)], np.arange(20) < 5) == []
 
 
@@ -148,7 +151,11 @@ def test_confident_learning_is_the_confident_joint():
             issue[i] = k != label[i]
     assert got.thresholds == pytest.approx(thresholds)
     assert np.array_equal(got.joint, joint) and np.array_equal(got.issue, issue)
-    assert 0 < issue.sum() < 56
+    assert 0 < issue.sum() < 56 and got.known == 56
+    p[:4] = p[4] = np.nan  # is as if it had no label
+    label[4], unknown = -1, label.copy()
+    unknown[4] = 0
+    assert np.array_equal(confident.find(unknown, p).joint, confident.find(label, p).joint)
     with pytest.raises(UserError, match=r"none of \{2\}"):
         confident.find(np.minimum(label, 1), p)
 

@@ -8,7 +8,7 @@ import pathlib
 from typing import Any
 
 from gemma_lora.files import replace_file, write_text
-from gemma_lora.report import plots
+from gemma_lora.report import plots, training
 from gemma_lora.report.numbers import build, build_from
 from gemma_lora.report.page import html
 from gemma_lora.report.prose import markdown
@@ -26,8 +26,9 @@ def write(
     others and price as in `build`.
     """
     w = read(workdir)
-    report = build_from(w, others, price)
-    drawn = dict(plots.figures(w, report))
+    scored = training.scored(w)
+    report = build_from(w, scored, others, price)
+    drawn = dict(plots.figures(w, scored, report))
     with replace_file(workdir / "learning_curve.png") as temporary:
         plots.png(drawn["learning_curve"], temporary)
     write_text(workdir / "report.html", html(report, {k: plots.svg(f) for k, f in drawn.items()}))

@@ -41,11 +41,15 @@ def build(
 
     others: workdirs to compare with; price: of the whole machine, an hour.
     """
-    return build_from(read(workdir), others, price)
+    w = read(workdir)
+    return build_from(w, training.scored(w), others, price)
 
 
 def build_from(
-    w: Workdir, others: tuple[pathlib.Path, ...] = (), price: float | None = None
+    w: Workdir,
+    scored: training.Scored | None,
+    others: tuple[pathlib.Path, ...] = (),
+    price: float | None = None,
 ) -> dict[str, Any]:
     best = compare.best_of(w)
     points = dict(zip(POINTS, (w.evals[0], best, w.evals[-1]), strict=True))
@@ -101,7 +105,7 @@ def build_from(
                    "interval": spearman_interval(rank_of_length, len(loss)),
                    "median": float(np.median(rows["tokens"])),
                    "median_worst": float(np.median(rows["tokens"][worst]))},
-        "training": training.summary(w, OUTLIERS),
+        "training": scored and training.summary(w, scored, OUTLIERS),
         "compare": [compare.compared(w, read(other)) for other in others],
     }  # fmt: skip
     for s in SPLITS:
@@ -226,7 +230,7 @@ def _cost(w: Workdir, price: float | None) -> dict[str, Any]:
         LEDGER: whole * length["train"],
     }
     # What ran before a run was continued is in the steps' records and in `seconds`, not in phases.
-    continued = each.sum() > 1.000001 * phases.get(STEPS, math.inf)
+    continued = bool(phases) and each.sum() > 1.000001 * phases.get(STEPS, 0.0)
     memory = run.get("peak_memory") or {}
     return {
         "seconds": run["seconds"],

@@ -16,7 +16,9 @@ WIDTH = 5
 COLORS = dict(zip(SPLITS, ("tab:blue", "tab:orange"), strict=True))
 
 
-def figures(w: Workdir, report: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def figures(
+    w: Workdir, scored: training.Scored | None, report: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
     """(name, figure) of what the run has numbers for; at least the learning curve."""
     yield "learning_curve", learning_curve(w, report)
     if len(w.train["step"]):
@@ -28,8 +30,8 @@ def figures(w: Workdir, report: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     found = report["validation"].get("class_accuracy")
     if found and found["reliability"]:  # empty where a probability is not finite
         yield "reliability", _reliability(found["reliability"])
-    if report["training"]:
-        ledger, scores, _, _ = training.scored(w)
+    if scored:
+        ledger, scores, _, _ = scored
         if found := training.data_map(ledger):
             yield "data_map", _data_map(found)
         yield "scores", _scores(scores, [x["id"] for x in report["training"]["worst"]], ledger.ids)

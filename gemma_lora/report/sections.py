@@ -114,7 +114,7 @@ def _by_point(r: dict[str, Any], *names: str, more: tuple[str, ...] = ()) -> Tab
 
 def _overview(r: dict[str, Any]) -> list[Block]:
     parts = ("data", "evaluated.", "model.", *(f"run.{k}" for k in BROUGHT_UP))
-    return [_facts(r, parts, ("run.data",))]
+    return [_facts(r, parts)]
 
 
 def _cost(c: dict[str, Any]) -> list[Block]:

@@ -10,9 +10,12 @@ from gemma_lora.evaluate import read_table
 from gemma_lora.report.reading import Workdir
 from gemma_lora.report.tokens import detailed
 
+# The training ledger, scores [n] by name, the rules that each example breaks, where both are from.
+Scored = tuple[outliers.Ledger, dict[str, np.ndarray], list[list[str]], str]
 
-def scored(w: Workdir) -> tuple[outliers.Ledger, dict[str, np.ndarray], list, str] | None:
-    """The training ledger, scores [n] by name, the rules that examples break, where both are from.
+
+def scored(w: Workdir) -> Scored | None:
+    """The scores of outliers.parquet, or made anew where it is not of what the workdir holds now.
 
     None where no eval took all training examples.
     """
@@ -27,10 +30,16 @@ def scored(w: Workdir) -> tuple[outliers.Ledger, dict[str, np.ndarray], list, st
         table = read_table(path, ("id", "rules", *names))
         ids, loss = table["id"].to_numpy(), table["loss"].to_numpy()
         same = np.array_equal(loss, ledger.loss[-1], equal_nan=True)
+        made = path.stat().st_mtime_ns
+        later = [w.path / name for name in outliers.MORE if (w.path / name).exists()]
+        same = same and all(made >= x.stat().st_mtime_ns for x in later)
         if same and np.array_equal(ids, ledger.ids):
             scores = {k: table[k].to_numpy() for k in names}
             return ledger, scores, table["rules"].to_pylist(), "outliers.parquet"
-        source = "the ledger; outliers.parquet is of another eval or other examples, and not used"
+        source = (
+            "the ledger; outliers.parquet is of another eval or other examples, or older than the "
+            "folds or gradients, and not used"
+        )
     else:
         source = "the ledger; python -m gemma_lora.outliers also looks for broken rules"
     with np.errstate(invalid="ignore"):  # of losses that are not finite
@@ -52,11 +61,8 @@ def data_map(ledger: outliers.Ledger) -> dict[str, np.ndarray] | None:
     return {"mean": p.mean(0), "std": p.std(0), "correct": ledger.correct[tuned].mean(0)}
 
 
-def summary(w: Workdir, top: int) -> dict[str, Any] | None:
+def summary(w: Workdir, found: Scored, top: int) -> dict[str, Any]:
     """Quartiles of every score and the `top` examples with the highest combined rank."""
-    found = scored(w)
-    if found is None:
-        return None
     ledger, scores, broken, source = found
     ranks = {k: outliers.rank(x) for k, x in scores.items()}
     worst = np.argsort(-scores["combined"], kind="stable")[:top]

@@ -31,6 +31,7 @@ from gemma_lora import outliers
 from gemma_lora.config import differences
 from gemma_lora.data import sources
 from gemma_lora.errors import UserError, run_main
+from gemma_lora.evaluate import read_table
 from gemma_lora.files import sha256, write_text
 from gemma_lora.stats import bootstrap, interval
 
@@ -116,7 +117,7 @@ def consequence(
     for name, workdir in runs.items():
         best = json.loads((workdir / "run.json").read_text())["best_step"]
         path = workdir / "ledger" / f"eval_{best:06d}.parquet"
-        table = outliers.read_table(path, ("id", "split", "tokens", "nll", "correct"))
+        table = read_table(path, ("id", "split", "tokens", "nll", "correct"))
         columns = {c: table.sort_by("id")[c].to_numpy() for c in table.column_names}
         rows[name] = {c: v[columns["split"] == "validation"] for c, v in columns.items()}
     out: dict[str, Any] = {"removed": k}
