@@ -225,6 +225,22 @@ def test_a_run_that_is_not_whole_is_told_first_and_in_full(tmp_path, steps, run,
     assert sum(tag == "img" for tag, _ in parsed.tags) >= 3
 
 
+def test_label_probabilities_that_are_no_numbers_have_no_reliability(tmp_path):
+    report_run.gsm8k(tmp_path, 25, 45, steps=(0,))
+    path = tmp_path / "ledger" / "eval_000000.parquet"
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    for n, r in enumerate(rows):
+        p = [math.nan, math.nan] if r["id"] == "validation-3" else [0.25, 0.75]
+        r |= {"label": n % 2, "label_p": p}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    config = tmp_path / "config.json"
+    found = json.loads(config.read_text())
+    found["data"]["labels"] = ["no", "yes"]
+    config.write_text(json.dumps(found))
+    found = report.write(tmp_path)["validation"]["class_accuracy"]
+    assert found["reliability"] == [] and found["overconfidence"]["interval"] is None
+
+
 @pytest.mark.parametrize("price", ["-1", "nan", "inf"])
 def test_a_price_that_is_none(monkeypatch, price):
     monkeypatch.setattr(sys, "argv", ["report", "--workdir", "x", "--price-per-hour", price])
