@@ -29,6 +29,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gemma_lora.errors import UserError, run_main
 
 LOST = 75  # exit status of a process whose companions are gone; EX_TEMPFAIL: try again
+# What XLA says of a program or a device of this process alone.
+_OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 _first = False  # is this process 0; known once all have joined
 
 
@@ -38,9 +40,12 @@ def run(main: Callable[[], None]) -> NoReturn:
     A process that fails leaves at once, and the others hear of it; one whose companions are gone
     says so and exits with LOST.
     """
+    heartbeat_timeout = 0
 
     def joined() -> None:
+        nonlocal heartbeat_timeout
         options, sys.argv[1:] = _options(sys.argv[1:])
+        heartbeat_timeout = options.heartbeat_timeout
         if options.coordinator:
             _join(options)
         main()
@@ -52,10 +57,15 @@ def run(main: Callable[[], None]) -> NoReturn:
         if e.code == 0 or not jax.distributed.is_initialized():
             raise
         code = e.code
-    except Exception:
+    except Exception as e:
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
+        if isinstance(e, jax.errors.JaxRuntimeError) and not str(e).startswith(_OWN_FAULTS):
+            # The devices hear of a lost process before JAX's service does, which then ends this one
+            # (see _at_abort). If it does not, the fault was here.
+            print("waiting to hear whether another process was lost", file=sys.stderr, flush=True)
+            time.sleep(heartbeat_timeout + 10)
     # The usual exit waits for all processes, and the others may be waiting for this one.
     sys.stdout.flush()
     sys.stderr.flush()
