@@ -27,6 +27,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     "truncated": ("cut", "unfinished"),
     "unusual length": ("length",),
     "hard: high loss": ("fold_loss", "fold_label", "label_loss", "loss", "length_z", "seen_loss"),
+    "the prompt does not help to foresee the answer": ("ifd",),
     "the answer does not begin as the prompt asks": ("opening_loss",),
     "loss fell little or rose": ("not_learnt",),
     "learnt late": ("confidence", "correctness", "aum", "label_aum", "el2n"),

@@ -28,23 +28,19 @@ import pyarrow
 import pyarrow.parquet
 from ml_collections import ConfigDict
 
-from gemma_lora.checkpoint import Checkpoints
 from gemma_lora.compiled import keep_compiled
 from gemma_lora.data.dataset import Dataset, shapes
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import replace_file
-from gemma_lora.lora import started_from_base
 from gemma_lora.loss import Sweep
 from gemma_lora.metrics import say
 from gemma_lora.model import Transformer
-from gemma_lora.optim import optimizer
-from gemma_lora.reopen import Run, reopen
+from gemma_lora.reopen import STEPS, Run, reopen, restored
 from gemma_lora.sharding import batch_sharding, to_global
-from gemma_lora.step import Batch, forward, init_state
+from gemma_lora.step import Batch, forward
 from gemma_lora.weights.pretrained import load_base
 
-STEPS = ("best", "last", "0")
 NEIGHBOURS = 5
 _CHUNK = 256  # examples compared with all others at a time
 
@@ -165,45 +161,11 @@ def most_alike(projected: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return index, cosine
 
 
-def restored(opened: Run, workdir: pathlib.Path, which: str, base: Any) -> tuple[int, Any, Any]:
-    """(step, lora, base) of one of STEPS; the base is changed where the run's adapters change it.
-
-    Raises UserError where the workdir has no such checkpoint.
-    """
-    # The optimizer's state is a part of a checkpoint.
-    train = opened.config.train
-    total = train.max_steps or train.epochs * opened.train_set.steps_per_epoch
-    tx = optimizer(opened.config.optim, total)
-    state = init_state(opened.model, tx, opened.config.seed, opened.mesh)
-    if opened.wrap.reads_base:
-        base, lora = started_from_base(opened.wrap, base, state.lora)
-        state = state.replace(lora=lora)
-    if which == "0":
-        return 0, state.lora, base
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    latest = checkpoints.latest()
-    state, notes = checkpoints.restore(latest, state)
-    step = latest
-    if which == "best":
-        step = notes["best_step"]
-        if step is None:
-            raise UserError(
-                f"no eval of the run in {workdir} was finite: expected --step last or 0"
-            )
-        if step != latest:
-            state, _ = checkpoints.restore(step, state)
-    checkpoints.close()
-    return step, state.lora, base
-
-
 def run(workdir: pathlib.Path, which: str, m: int) -> dict[str, Any]:
     """Writes gradients.parquet; returns its columns, in id order."""
     if m < 1:
         raise UserError(f"--dimension is {m}, expected at least 1")
-    found = workdir / "checkpoints"
-    if which != "0" and not any(p.name.isdigit() for p in found.glob("*")):
-        raise UserError(f"{found} holds no checkpoint: expected a run's workdir, or --step 0")
-    opened = reopen(workdir)
+    opened = reopen(workdir, which)
     base = jax.block_until_ready(load_base(opened.pretrained, opened.model, opened.mesh))
     step, lora, base = restored(opened, workdir, which, base)
     say(f"   gradients under the adapters of step {step}")

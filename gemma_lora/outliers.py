@@ -48,15 +48,19 @@ SCORES = {
     "running median over the steps",
     "fold_loss": "loss under a model that did not train on the example",
     "fold_label": "-log p of the label under a model that did not train on the example",
+    "ifd": "loss of the completion as a share of its loss without the prompt, so near 1 where that "
+    "does not help (IFD, Li et al. 2023)",
     "grad_norm": "norm of the gradient of the example's loss (GraNd, Paul 2021)",
     "grad_misfit": "1 - cosine of that gradient with the mean direction of the others'",
 }
 # The files that other commands leave in a workdir, and the scores in them.
 MORE = {
     "folds/scores.parquet": ("fold_loss", "fold_label"),
+    "unprompted.parquet": ("ifd",),
     "gradients.parquet": ("grad_norm", "grad_misfit"),
 }
-# What `combined` takes the mean rank of: where there are labels, and where there are none.
+# What `combined` takes the mean rank of, as far as it is there: with labels, and without; chosen by
+# tests/benchmarks/outliers.md. There ifd finds swapped answers better than any mean with it does.
 LABELLED = ("fold_label", "label_aum")
 UNLABELLED = ("fold_loss", "length_z")
 TOP = 30  # examples shown, unless the command says how many
@@ -187,7 +191,8 @@ def scores_of(ledger: Ledger, more: dict[str, np.ndarray] | None = None) -> dict
             out["label_loss"] = np.where(labelled, -np.log(right[-1]), np.nan)
         out["label_aum"] = np.where(labelled, (others.max(-1) - right)[tuned].mean(0), np.nan)
     out |= more or {}
-    members = LABELLED if labelled.any() else UNLABELLED
+    unlabelled = ("ifd",) if "ifd" in out else UNLABELLED
+    members = LABELLED if labelled.any() else unlabelled
     ranks = [rank(out[k]) for k in members if k in out]
     return {k: out[k] for k in SCORES if k in out} | {"combined": np.mean(ranks, 0)}
 

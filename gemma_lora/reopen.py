@@ -3,19 +3,25 @@
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from gemma_lora.checkpoint import Checkpoints
 from gemma_lora.config import check
 from gemma_lora.data.dataset import Dataset
 from gemma_lora.data.pipeline import load_data
 from gemma_lora.errors import UserError
-from gemma_lora.lora import LoRAConfig
+from gemma_lora.lora import LoRAConfig, started_from_base
 from gemma_lora.model import Transformer
+from gemma_lora.optim import optimizer
 from gemma_lora.sharding import check_rows, make_mesh
+from gemma_lora.step import init_state
 from gemma_lora.weights.pretrained import Pretrained, build_model, open_weights
 from gemma_lora.workdir import read_config
+
+STEPS = ("best", "last", "0")  # whose adapters: of a checkpoint, or those the run started from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +36,14 @@ class Run:
     train_set: Dataset
 
 
-def reopen(workdir: pathlib.Path) -> Run:
-    """Raises UserError where there is no run, or its data are no longer those it trained on."""
+def reopen(workdir: pathlib.Path, which: str = "0") -> Run:
+    """Raises UserError where there is no run, or its data are no longer those it trained on.
+
+    which: the one of STEPS to be `restored` later, which a workdir without a checkpoint lacks.
+    """
+    checkpoints = workdir / "checkpoints"
+    if which != "0" and not any(p.name.isdigit() for p in checkpoints.glob("*")):
+        raise UserError(f"{checkpoints} holds no checkpoint: expected a run's workdir, or --step 0")
     config = _read_config(workdir)
     try:
         begun = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
@@ -62,3 +74,34 @@ def _read_config(workdir: pathlib.Path) -> ConfigDict:
         raise UserError(f"{workdir / 'config.json'} is of another version: {e}") from e
     check(config)
     return config
+
+
+def restored(opened: Run, workdir: pathlib.Path, which: str, base: Any) -> tuple[int, Any, Any]:
+    """(step, lora, base) of one of STEPS; the base is changed where the run's adapters change it.
+
+    Raises UserError where the workdir has no such checkpoint.
+    """
+    # The optimizer's state is a part of a checkpoint.
+    train = opened.config.train
+    total = train.max_steps or train.epochs * opened.train_set.steps_per_epoch
+    tx = optimizer(opened.config.optim, total)
+    state = init_state(opened.model, tx, opened.config.seed, opened.mesh)
+    if opened.wrap.reads_base:
+        base, lora = started_from_base(opened.wrap, base, state.lora)
+        state = state.replace(lora=lora)
+    if which == "0":
+        return 0, state.lora, base
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    latest = checkpoints.latest()
+    state, notes = checkpoints.restore(latest, state)
+    step = latest
+    if which == "best":
+        step = notes["best_step"]
+        if step is None:
+            raise UserError(
+                f"no eval of the run in {workdir} was finite: expected --step last or 0"
+            )
+        if step != latest:
+            state, _ = checkpoints.restore(step, state)
+    checkpoints.close()
+    return step, state.lora, base

@@ -2,7 +2,8 @@
 
 config.json, run.json, metrics.jsonl, checkpoints/, ledger/ (Parquet), adapter/ (PEFT),
 report.json, report.md, report.html, learning_curve.png, tensorboard/. What other commands leave:
-folds/, gradients.parquet, outliers.parquet, outliers.md, review.csv, review.html.
+folds/, unprompted.parquet, gradients.parquet, outliers.parquet, outliers.md, review.csv and
+review.html.
 """
 
 import json

@@ -254,6 +254,7 @@ HOUSE = [
     "reopen",
     "folds",
     "gradients",
+    "unprompted",
 ]
 
 

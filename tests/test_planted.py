@@ -273,6 +273,8 @@ class Runs:
         if module == "train":
             workdir = home / arguments[arguments.index("--workdir") + 1]
             self.train(workdir, flags)
+        elif module == "unprompted":
+            (workdir / "unprompted.parquet").touch()
         else:
             (workdir / "folds").mkdir()
             (workdir / "folds" / "scores.parquet").touch()
@@ -392,9 +394,11 @@ def test_what_is_done_is_not_trained_again(tmp_path, runs):
 
 
 def test_refusals(tmp_path, runs):
-    planted.main(arguments(tmp_path, "--folds", "0"))
+    planted.main(arguments(tmp_path, "--folds", "0", "--unprompted"))
+    started = ["train seed-0/run", "unprompted seed-0/run"]
+    assert [name for name, _ in runs.started][:2] == started
     assert not [name for name, _ in runs.started if name.startswith("folds")]
-    with pytest.raises(UserError, match="another benchmark: folds: 2 here, 0 there"):
+    with pytest.raises(UserError, match="another benchmark: folds: 2 here, 0 there; unprompted"):
         planted.main(arguments(tmp_path))
     with pytest.raises(UserError, match="60 rows, expected 61"):
         planted.main([str(tmp_path / "b"), *arguments(tmp_path, "--rows", "51")[1:]])

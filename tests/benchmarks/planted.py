@@ -147,6 +147,8 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         workdir = train(options, home, "run", seed)
         if options.folds and not (workdir / "folds" / "scores.parquet").exists():
             _command(home, "folds", "--workdir", str(workdir), "--folds", str(options.folds))
+        if options.unprompted and not (workdir / "unprompted.parquet").exists():
+            _command(home, "unprompted", "--workdir", str(workdir), "--step", "last")
         ids, scores = competitors(workdir, seed)
         kinds = np.array([planted.get(i, "") for i in ids], object)
         found[seed] = {
@@ -172,7 +174,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
 
 def _claim(options: argparse.Namespace) -> dict[str, Any]:
     """What the results depend on; UserError where DIRECTORY holds results of something else."""
-    names = ("kinds", "rows", "validation", "config", "set", "folds")
+    names = ("kinds", "rows", "validation", "config", "set", "folds", "unprompted")
     settings = {k: getattr(options, k) for k in names} | {"data_sha256": sha256(options.data)}
     path = options.directory / "settings.json"
     if path.exists() and (differ := differences(settings, json.loads(path.read_text()))):
@@ -276,6 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config")
     parser.add_argument("--folds", type=int, default=2, help="0: no out-of-fold scores")
+    parser.add_argument("--unprompted", action="store_true", help="losses without prompts, too")
     parser.add_argument("--natural", type=int, default=0)
     parser.add_argument("--consequence", action="store_true")
     options = parser.parse_args(arguments)
