@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from gemma_lora.errors import UserError
+from gemma_lora.files import remote
 
 
 class _LatestAndBest(keep.PreservationPolicy):
@@ -36,7 +37,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: pathlib.Path, read_only: bool = False):
-        self._directory = directory.absolute()
+        self._directory = directory if remote(directory) else directory.absolute()
         self._keep = _LatestAndBest()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._keep,

@@ -10,10 +10,9 @@ import importlib.util
 import pathlib
 
 import numpy as np
-import pyarrow.parquet
 
 from gemma_lora.errors import UserError
-from gemma_lora.evaluate import read_table
+from gemma_lora.evaluate import column_names, read_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ def read(workdir: pathlib.Path, ids: np.ndarray) -> np.ndarray:
     path = workdir / "folds" / "scores.parquet"
     if not path.exists():
         raise UserError("confident learning takes the run's folds: python -m gemma_lora.folds")
-    if "label_p" not in pyarrow.parquet.read_schema(path).names:
+    if "label_p" not in column_names(path):
         raise UserError(f"{path.parent} is of an earlier version: remove it and make folds again")
     table = read_table(path, ("id", "label_p"))
     p = dict(zip(table["id"].to_pylist(), table["label_p"].to_pylist(), strict=True))

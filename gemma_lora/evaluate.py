@@ -29,7 +29,7 @@ from gemma_lora.data.dataset import Dataset, shapes
 from gemma_lora.data.examples import check_vocabulary, tokenize
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError
-from gemma_lora.files import replace_file
+from gemma_lora.files import path_of, replace_file
 from gemma_lora.metrics import finite, say
 from gemma_lora.model import no_wrap
 from gemma_lora.sharding import check_rows, make_mesh, to_global, tree_shardings
@@ -204,10 +204,16 @@ def _write_table(path: pathlib.Path, table: pyarrow.Table) -> None:
         pyarrow.parquet.write_table(table, temporary)
 
 
+def column_names(path: pathlib.Path) -> list[str]:
+    """Of a Parquet file that is there."""
+    with path.open("rb") as f:
+        return pyarrow.parquet.read_schema(f).names
+
+
 def read_table(path: pathlib.Path, columns: tuple[str, ...]) -> pyarrow.Table:
     """Some columns of a Parquet file; raises UserError where that fails."""
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with path.open("rb") as f, pyarrow.parquet.ParquetFile(f) as file:
             return file.read(list(columns)).select(columns)
     except (OSError, KeyError, pyarrow.ArrowException) as e:
         raise UserError(f"{path} is missing or damaged: {' '.join(str(e).split())}") from e
@@ -233,9 +239,7 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
 
     adapter: a PEFT adapter directory; None: the base model.
     """
-    if jax.process_index() == 0:
-        command = json.dumps([to_dict(config), str(adapter)], sort_keys=True)
-    distributed.agree("the command", command)
+    distributed.agree("the command", json.dumps([to_dict(config), str(adapter)], sort_keys=True))
     _claim(out)
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
     wrap, lora = peft.read(adapter, pretrained.arch) if adapter else (no_wrap, {})
@@ -273,9 +277,9 @@ def main() -> None:
     adapter = flags.FLAGS.adapter
     if adapter == "":
         raise UserError("command line: --adapter is empty; leave it out for the base model")
-    adapter = pathlib.Path(adapter) if adapter else None
+    adapter = path_of(adapter) if adapter else None
     keep_compiled()
-    say(json.dumps(evaluate(config, pathlib.Path(flags.FLAGS.out), adapter)))
+    say(json.dumps(evaluate(config, path_of(flags.FLAGS.out), adapter)))
 
 
 if __name__ == "__main__":

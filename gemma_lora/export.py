@@ -32,6 +32,7 @@ import numpy as np
 from gemma_lora import config as configs
 from gemma_lora.arch import Arch
 from gemma_lora.errors import UserError, run_main
+from gemma_lora.files import path_of
 from gemma_lora.lora import LoRAConfig, merge, merged, modules
 from gemma_lora.metrics import banner
 from gemma_lora.model import Transformer, head_weight, logits
@@ -352,7 +353,7 @@ def _within(what: str, differences: np.ndarray, rows: np.ndarray, limit: float) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Export the result of a training run.")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument("--workdir", required=True, type=path_of)
     parser.add_argument("--format", required=True, choices=("peft", "merged"))
     parser.add_argument("--out", required=True, type=pathlib.Path, help="a new directory")
     parser.add_argument("--dtype", choices=DTYPES, help="of merged weights; default: the run's")

@@ -1,17 +1,50 @@
-"""Files: atomic writes (a reader sees the old file or the new one), the cache folder, hashes."""
+"""Files: atomic writes (a reader sees the old file or the new one), the cache folder, hashes.
+
+A path is a pathlib.Path or, of a URL such as gs://bucket/run, an epath.Path, which has the methods
+used here. An object of a bucket appears as a whole, but a directory of several does not.
+"""
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterator
+
+from etils import epath
+
+from gemma_lora.errors import UserError
+
+
+def path_of(text: str) -> pathlib.Path | epath.Path:
+    """The path of a file or directory that a user names; UserError for a URL without support."""
+    scheme, found, _ = text.partition("://")
+    if not found:
+        return pathlib.Path(text).expanduser()
+    if scheme != "gs":
+        raise UserError(f"{text}: expected a local path, or gs://bucket/...")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{text}: Google Cloud Storage needs the extra gs, pip install '.[gs]'")
+    return epath.Path(text)
+
+
+def remote(path: pathlib.Path | epath.Path) -> bool:
+    """Is the path that of a bucket?"""
+    return not isinstance(path, pathlib.Path)
 
 
 @contextlib.contextmanager
 def replace_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary path in the same directory; renamed to `path` if the block succeeds."""
+    """Gives a temporary path; its file becomes `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = pathlib.Path(folder) / path.name
+            yield temporary
+            path.write_bytes(temporary.read_bytes())
+        return
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = pathlib.Path(name)
@@ -22,6 +55,26 @@ def replace_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def replace_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a new directory for files, which becomes `path` if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    where = None if remote(path) else path.parent
+    temporary = pathlib.Path(tempfile.mkdtemp(dir=where, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes directories that only their owner can enter
+        if path.exists():
+            path.rmtree() if remote(path) else shutil.rmtree(path)
+        if not remote(path):
+            os.replace(temporary, path)
+            return
+        for file in temporary.iterdir():
+            (path / file.name).write_bytes(file.read_bytes())
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -25,7 +25,7 @@ from gemma_lora.data.dataset import Dataset
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError
 from gemma_lora.evaluate import completion_part
-from gemma_lora.files import replace_file
+from gemma_lora.files import path_of, replace_file
 from gemma_lora.metrics import say
 from gemma_lora.optim import optimizer
 from gemma_lora.reopen import reopen
@@ -137,7 +137,7 @@ def _write(path: pathlib.Path, columns: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Out-of-fold losses of a run's examples.")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument("--workdir", required=True, type=path_of)
     parser.add_argument("--folds", type=int, default=2)
     options = parser.parse_args()
     keep_compiled()

@@ -32,7 +32,7 @@ from gemma_lora.compiled import keep_compiled
 from gemma_lora.data.dataset import Dataset, shapes
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError, run_main
-from gemma_lora.files import replace_file
+from gemma_lora.files import path_of, replace_file
 from gemma_lora.loss import Sweep
 from gemma_lora.metrics import say
 from gemma_lora.model import Transformer
@@ -186,7 +186,7 @@ def run(workdir: pathlib.Path, which: str, m: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Gradients of a run's training examples.")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument("--workdir", required=True, type=path_of)
     parser.add_argument("--step", choices=STEPS, default=STEPS[0])
     parser.add_argument("--dimension", type=int, default=1024, help="of the projected gradients")
     options = parser.parse_args()

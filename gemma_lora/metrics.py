@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from gemma_lora import STARTED
-from gemma_lora.files import write_text
+from gemma_lora.files import remote, write_text
 
 
 def say(text: str = "") -> None:
@@ -69,8 +69,10 @@ class Metrics:
         old = read(self.path) if self.path.exists() else []
         first = 0 if start is None else start + 1
         kept = [r for r in old if r["step"] < first]
-        write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._lines = [json.dumps(r) + "\n" for r in kept]
+        write_text(self.path, "".join(self._lines))
+        # Nothing can be appended to the objects of a bucket.
+        self._file = None if remote(self.path) else self.path.open("a", encoding="utf-8")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first)
         self._bar = None
         if sys.stdout.isatty():
@@ -89,8 +91,12 @@ class Metrics:
         if not self._on:
             return
         clean = finite(record)
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        text = json.dumps(clean) + "\n"
+        if self._file is None:
+            self._lines.append(text)
+        else:
+            self._file.write(text)
+            self._file.flush()
         for k, v in clean.items():
             if isinstance(v, (int, float)) and k != "step":
                 name = k if "/" in k else f"{record['kind']}/{k}"
@@ -101,11 +107,18 @@ class Metrics:
         else:
             print(line, flush=True)
 
+    def save(self) -> None:
+        """Writes what a bucket lacks: before a checkpoint, as none of it comes again after that."""
+        if self._on and self._file is None:
+            write_text(self.path, "".join(self._lines))
+
     def close(self) -> None:
+        self.save()
         if self._on:
             if self._bar is not None:
                 self._bar.stop()
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
             self._board.close()
 
 

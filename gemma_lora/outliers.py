@@ -22,7 +22,7 @@ import scipy
 from gemma_lora import explain, review, rules
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.evaluate import completion_part, read_table
-from gemma_lora.files import replace_file, write_text
+from gemma_lora.files import path_of, replace_file, write_text
 from gemma_lora.workdir import read_config
 
 # Every score is larger where an example is more suspicious. All but base_loss and length_z, which
@@ -349,7 +349,7 @@ def mine(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Mine the outliers of a run's training examples.")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument("--workdir", required=True, type=path_of)
     parser.add_argument("--top", type=int, help=f"how many to show or filter ({TOP})")
     parser.add_argument("--write-filtered", type=pathlib.Path, help="a file for data.exclude")
     options = parser.parse_args()

@@ -25,7 +25,7 @@ from gemma_lora.compiled import Compiled, keep_compiled
 from gemma_lora.data.dataset import Batch, Dataset
 from gemma_lora.data.pipeline import describe, in_steps, load_data, unshuffled
 from gemma_lora.errors import UserError
-from gemma_lora.files import write_text
+from gemma_lora.files import path_of, write_text
 from gemma_lora.interrupt import Interrupt
 from gemma_lora.lora import (
     LoRAConfig,
@@ -69,7 +69,7 @@ def main() -> None:
     phases = Phases(imports=True)
     config = configs.parse_flags(("config", "workdir"))
     keep_compiled()
-    train(config, pathlib.Path(WORKDIR.value), phases)
+    train(config, path_of(WORKDIR.value), phases)
 
 
 def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> dict[str, Any]:
@@ -236,6 +236,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         if seen and jax.process_index() == 0:
             evaluate.write_seen(workdir / "ledger" / f"seen_{step:06d}.parquet", seen)
         seen.clear()
+        metrics.save()
         checkpoints.save(step, state, notes)
 
     def at_ledger(step: int) -> bool:

@@ -29,7 +29,7 @@ from gemma_lora.data.examples import Example
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.evaluate import ledger_rows
-from gemma_lora.files import replace_file
+from gemma_lora.files import path_of, replace_file
 from gemma_lora.metrics import say
 from gemma_lora.outliers import read_ledger
 from gemma_lora.reopen import STEPS, Run, reopen, restored
@@ -109,7 +109,7 @@ def run(workdir: pathlib.Path, which: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Losses of completions without their prompts.")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument("--workdir", required=True, type=path_of)
     parser.add_argument("--step", choices=STEPS, default="last")
     options = parser.parse_args()
     keep_compiled()

@@ -17,7 +17,7 @@ import jax
 from gemma_lora import distributed
 from gemma_lora.config import differences
 from gemma_lora.errors import UserError
-from gemma_lora.files import write_text
+from gemma_lora.files import remote, write_text
 
 
 def claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> bool:
@@ -39,12 +39,12 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> boo
 def _check_shared(workdir: pathlib.Path) -> None:
     mark = workdir / distributed.from_first(f".{uuid.uuid4().hex}")
     if jax.process_index() == 0:
-        mark.touch()
+        mark.write_text("")
     distributed.wait_for_all()
     if not mark.exists():
         raise UserError(
             f"workdir {workdir} of process {jax.process_index()} is not that of process 0: "
-            "expected a directory on a file system that all hosts share"
+            "expected a directory that all hosts share, on NFS or as gs://bucket/run"
         )
     distributed.wait_for_all()
     if jax.process_index() == 0:
@@ -58,7 +58,8 @@ def _claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> bo
         workdir.mkdir(parents=True, exist_ok=True)
         file = workdir / "config.json"
         # Hidden files are no run: a write that was cut off leaves one.
-        begun = any(p != file and not p.name.startswith(".") for p in workdir.iterdir())
+        there = workdir.iterdir() if workdir.exists() else ()  # a bucket has no empty directories
+        begun = any(p != file and not p.name.startswith(".") for p in there)
         if begun and not file.exists():
             raise UserError(f"workdir {workdir} is not empty and holds no run; give another one")
         theirs = _read(file) | {"mesh": config["mesh"]} if begun else {}
@@ -97,6 +98,8 @@ def forget_after(workdir: pathlib.Path, step: int | None) -> None:
 
 def require_space(workdir: pathlib.Path, need_bytes: int) -> None:
     """Raises UserError when the disk of `workdir` has less than `need_bytes` free."""
+    if remote(workdir):
+        return  # a bucket is never full
     free = shutil.disk_usage(workdir).free
     if free < need_bytes:
         raise UserError(

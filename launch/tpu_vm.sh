@@ -9,7 +9,8 @@
 #   resume  everything of create, install and run: where the slice was preempted, make it anew;
 #           then run. The same arguments continue the run.
 #   delete                           give the slice back
-# On several hosts, and after a preemption, the workdir must be on a share that outlives them.
+# On several hosts, and after a preemption, the workdir must outlive them: on a share, or
+# gs://BUCKET/DIR.
 # --dry-run prints the commands instead.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -71,7 +72,7 @@ install() {
     --worker=all
   # The images hold Python 3.10.
   local python="command -v python3.13 python3.12 python3.11 >/dev/null || { sudo apt-get -qq update && sudo apt-get -qq install -y python3.11-venv; }"
-  on all "{ $python; } && $(unpacked gemma_lora tpu)"
+  on all "{ $python; } && $(unpacked gemma_lora tpu,gs)"
   if [ -n "$nfs" ]; then
     on all "sudo apt-get -qq install -y nfs-common && mkdir -p share && { mountpoint -q share || sudo mount -t nfs $(quoted "$nfs") share; }"
   fi

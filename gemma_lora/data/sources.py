@@ -7,16 +7,17 @@ function here and one line in SOURCES.
 import importlib
 import itertools
 import json
+import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet
-from etils import epath
 
 from gemma_lora.data import generated
 from gemma_lora.errors import UserError, nearest
+from gemma_lora.files import path_of
 
 Row = dict[str, Any]
 HUB = "huggingface:"  # before the name of a data set in a tfds source
@@ -42,7 +43,7 @@ def read(source: str, path: str, limit: int) -> list[Row]:
     Raises UserError naming file and line.
     """
     if path:
-        rows, stem = read_file(path), epath.Path(path).stem
+        rows, stem = read_file(path), path_of(path).stem
     else:
         kind, _, argument = source.partition(":")
         if kind not in SOURCES:
@@ -61,7 +62,7 @@ def read(source: str, path: str, limit: int) -> list[Row]:
                 raise UserError(f"{path or source}: the id {ident!r} occurs twice (row {i})")
             seen.add(ident)
             out.append({**row, "id": ident})
-    except (OSError, ImportError) as e:  # ImportError: gs:// needs a package of its own
+    except OSError as e:
         raise UserError(f"{path or source} cannot be read: {_line(e)}") from e
     if not out:
         raise UserError(f"{path or source} holds no rows")
@@ -70,7 +71,7 @@ def read(source: str, path: str, limit: int) -> list[Row]:
 
 def read_file(path: str) -> Iterator[Row]:
     """Rows of a .jsonl, .json (a list of objects) or .parquet file; local or gs://."""
-    file = epath.Path(path)
+    file = path_of(path)
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
     if file.suffix not in readers:
         raise UserError(
@@ -79,7 +80,7 @@ def read_file(path: str) -> Iterator[Row]:
     return _rows(file, readers[file.suffix])
 
 
-def _rows(file: epath.Path, reader: Callable[[epath.Path], Iterable[Row]]) -> Iterator[Row]:
+def _rows(file: pathlib.Path, reader: Callable[[pathlib.Path], Iterable[Row]]) -> Iterator[Row]:
     if not file.exists():
         if not file.parent.exists():
             raise UserError(f"data file {file} does not exist, nor does its directory")
@@ -88,7 +89,7 @@ def _rows(file: epath.Path, reader: Callable[[epath.Path], Iterable[Row]]) -> It
     yield from reader(file)
 
 
-def _jsonl(file: epath.Path) -> Iterator[Row]:
+def _jsonl(file: pathlib.Path) -> Iterator[Row]:
     with file.open("rb") as f:  # bytes, so that a line that is not UTF-8 is named as well
         for number, line in enumerate(f, 1):
             if not line.strip():
@@ -103,7 +104,7 @@ def _jsonl(file: epath.Path) -> Iterator[Row]:
             yield {LINE: number, **row}
 
 
-def _json(file: epath.Path) -> Iterable[Row]:
+def _json(file: pathlib.Path) -> Iterable[Row]:
     try:
         rows = json.loads(file.read_bytes())
     except ValueError as e:
@@ -113,7 +114,7 @@ def _json(file: epath.Path) -> Iterable[Row]:
     return rows
 
 
-def _parquet(file: epath.Path) -> Iterable[Row]:
+def _parquet(file: pathlib.Path) -> Iterable[Row]:
     try:
         with file.open("rb") as f:
             return pyarrow.parquet.read_table(f).to_pylist()

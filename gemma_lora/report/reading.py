@@ -10,7 +10,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from gemma_lora.errors import UserError
-from gemma_lora.evaluate import read_table
+from gemma_lora.evaluate import column_names, read_table
 
 SPLITS = ("validation", "train_probe")
 MODEL = ("arch", "weights", "trainable_parameters", "base_parameters", "adapted_modules")
@@ -88,7 +88,7 @@ def read(workdir: pathlib.Path) -> Workdir:
         examples.setdefault(e["split"], {})[e["id"]] = e
     for missing in set(first.rows["validation"]["id"]) - examples["validation"].keys():
         raise UserError(f"{path}: no text of validation example {missing!r}")
-    has_pieces = "pieces" in pyarrow.parquet.read_schema(path).names
+    has_pieces = "pieces" in column_names(path)
     return Workdir(workdir, config, run, train, cut, lines["eval"], evals, examples, has_pieces)
 
 

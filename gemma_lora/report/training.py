@@ -3,10 +3,9 @@
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
 
 from gemma_lora import outliers
-from gemma_lora.evaluate import read_table
+from gemma_lora.evaluate import column_names, read_table
 from gemma_lora.report.reading import Workdir
 from gemma_lora.report.tokens import detailed
 
@@ -24,21 +23,23 @@ def scored(w: Workdir) -> Scored | None:
     ledger = outliers.read_ledger(w.path)
     path = w.path / "outliers.parquet"
     if path.exists():
-        held = pyarrow.parquet.read_schema(path).names
+        held = column_names(path)
         names = [k for k in outliers.SCORES if k in held and k != "loss"]
         names = ["loss", *names, "combined"]
         table = read_table(path, ("id", "rules", *names))
         ids, loss = table["id"].to_numpy(), table["loss"].to_numpy()
         same = np.array_equal(loss, ledger.loss[-1], equal_nan=True)
-        made = path.stat().st_mtime_ns
-        later = [w.path / name for name in outliers.MORE if (w.path / name).exists()]
-        same = same and all(made >= x.stat().st_mtime_ns for x in later)
-        if same and np.array_equal(ids, ledger.ids):
+        same = same and np.array_equal(ids, ledger.ids)
+        more = outliers.read_more(w.path, ids) if same else {}
+        same = same and all(
+            k in names and np.array_equal(table[k], x, equal_nan=True) for k, x in more.items()
+        )
+        if same:
             scores = {k: table[k].to_numpy() for k in names}
             return ledger, scores, table["rules"].to_pylist(), "outliers.parquet"
         source = (
-            "the ledger; outliers.parquet is of another eval or other examples, or older than the "
-            "folds or gradients, and not used"
+            "the ledger; outliers.parquet is of another eval or other examples, or lacks scores "
+            "made since, and is not used"
         )
     else:
         source = "the ledger; python -m gemma_lora.outliers also looks for broken rules"

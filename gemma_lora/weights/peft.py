@@ -12,11 +12,8 @@ of B beside zero rows of A take no gradient.
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
-import shutil
-import tempfile
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +22,7 @@ import safetensors.numpy
 
 from gemma_lora.arch import Arch
 from gemma_lora.errors import UserError
+from gemma_lora.files import replace_directory
 from gemma_lora.lora import LoRAConfig, modules, put
 from gemma_lora.model import Transformer
 from gemma_lora.weights.mapping import flatten, names
@@ -72,9 +70,7 @@ def export(
     lora: our tree as host arrays; inner: INNER where the base is a multimodal checkpoint. Raises
     UserError (and leaves no directory) if what was read back is not what was written.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=".adapter-"))
-    try:
+    with replace_directory(directory) as temporary:
         tensors = to_tensors(lora, arch, inner)
         file = temporary / "adapter_model.safetensors"
         safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
@@ -83,13 +79,6 @@ def export(
         again, back = read(temporary, arch)
         if not (_means(again, back) == _means(config, lora) and _equal(lora, back)):
             raise UserError(f"the adapter written to {directory} does not read back the same")
-        temporary.chmod(0o755)
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(temporary, directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def read(directory: pathlib.Path, arch: Arch) -> tuple[LoRAConfig, dict[str, Any]]:
@@ -117,7 +106,7 @@ def read(directory: pathlib.Path, arch: Arch) -> tuple[LoRAConfig, dict[str, Any
             expected = " or ".join(k.__name__ for k in kind)
             raise UserError(f"{files[0]}: {key} is {settings.get(key)!r}, expected {expected}")
     try:
-        tensors = safetensors.numpy.load_file(files[1])
+        tensors = safetensors.numpy.load(files[1].read_bytes())
     except Exception as e:  # safetensors raises its own and the operating system's errors
         raise UserError(f"{files[1]} cannot be read: {e}") from e
     try:

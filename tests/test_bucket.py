@@ -1,0 +1,154 @@
+"""A run whose workdir is a bucket: the same files as a local one's, and the same way on.
+
+In place of Google's service, fsspec's file system in memory answers for gs://, with objects that
+cannot be appended to. Orbax's own writing to a bucket and TensorBoard's are not part of this.
+"""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec.implementations.memory
+import pytest
+import tiny_run
+from etils import epath
+
+from gemma_lora import checkpoint, evaluate, metrics, outliers, report, unprompted
+from gemma_lora.errors import UserError
+from gemma_lora.files import path_of, replace_directory, replace_file
+
+
+class Bucket(fsspec.implementations.memory.MemoryFileSystem):
+    protocol = "gs"
+    store, pseudo_dirs = {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).removeprefix("gs://"))
+
+    def _open(self, path, mode="rb", **more):
+        assert mode in ("rb", "wb"), f"an object cannot be opened for {mode}"
+        return super()._open(path, mode, **more)
+
+
+def with_gcsfs(monkeypatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: n == "gcsfs" or find(n))
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[epath.Path]:
+    with_gcsfs(monkeypatch)
+    # Where TensorFlow is installed, its own file systems would answer.
+    monkeypatch.setattr(epath.gpath, "_is_tf_installed", lambda: False)
+    files = Bucket(skip_instance_cache=True)
+    backend = type(epath.backend.fsspec_backend)
+    monkeypatch.setattr(backend, "_get_filesystem", lambda self, name: files)
+    files.store, files.pseudo_dirs = {}, [""]
+    yield path_of("gs://bucket")
+
+
+@pytest.fixture
+def beside(bucket, monkeypatch, tmp_path) -> Path:
+    """Where checkpoints and TensorBoard's files go: they do not take the memory."""
+    manager, board = checkpoint.ocp.CheckpointManager, metrics.tensorboardX.SummaryWriter
+
+    def local(path):
+        return tmp_path / str(path).removeprefix("gs://")
+
+    monkeypatch.setattr(
+        checkpoint.ocp, "CheckpointManager", lambda path, **more: manager(local(path), **more)
+    )
+    monkeypatch.setattr(
+        metrics.tensorboardX, "SummaryWriter", lambda path, **more: board(str(local(path)), **more)
+    )
+    return tmp_path
+
+
+def test_paths(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="gs://b/r: Google Cloud Storage needs the extra gs"):
+        path_of("gs://b/r")
+    with pytest.raises(UserError, match="s3://b/r: expected a local path, or gs://bucket/"):
+        path_of("s3://b/r")
+    monkeypatch.undo()
+    with_gcsfs(monkeypatch)
+    assert isinstance(path_of("a/b"), Path) and path_of("a/b") == Path("a/b")
+    assert str(path_of("gs://bucket/a") / "b") == "gs://bucket/a/b"
+
+
+def test_objects_appear_whole_or_not_at_all(bucket):
+    for name in ("first", "second"):
+        with replace_file(bucket / "d" / "f") as temporary:
+            temporary.write_text(name)
+        assert (bucket / "d" / "f").read_text() == name
+    with pytest.raises(ZeroDivisionError), replace_file(bucket / "d" / "f") as temporary:
+        temporary.write_text("third")
+        raise ZeroDivisionError
+    assert (bucket / "d" / "f").read_text() == "second"
+    for names in (("a", "b"), ("c",)):
+        with replace_directory(bucket / "d" / "g") as temporary:
+            for name in names:
+                (temporary / name).write_text(name)
+        assert sorted(p.name for p in (bucket / "d" / "g").iterdir()) == sorted(names)
+    with pytest.raises(ZeroDivisionError), replace_directory(bucket / "d" / "g"):
+        raise ZeroDivisionError
+    assert [p.read_text() for p in (bucket / "d" / "g").iterdir()] == ["c"]
+
+
+def test_a_run_in_a_bucket_is_the_local_run(bucket, beside, tmp_path):
+    """Interrupted, continued and mined; its data are in the bucket, too."""
+    changes = {"train.ledger_every": 4, "train.save_every": 2}
+    with tiny_run.quick_compilation(tmp_path / "cache"):
+        inputs = tiny_run.write_inputs(tmp_path / "inputs")
+        local, there = tmp_path / "run", bucket / "runs" / "one"
+        tiny_run.run(local, tiny_run.settings(inputs, changes))
+        for name in ("train", "validation"):
+            text = (inputs / f"{name}.jsonl").read_text()
+            (bucket / f"{name}.jsonl").write_text(text)
+        places = {
+            "data.path": "gs://bucket/train.jsonl",
+            "data.validation_path": "gs://bucket/validation.jsonl",
+        }
+        c = tiny_run.settings(inputs, changes | places)
+
+        write, stop = metrics.Metrics.write, KeyboardInterrupt
+
+        def killed(self, record, line):
+            write(self, record, line)
+            if (record["kind"], record["step"]) == ("train", 5):
+                raise stop
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(metrics.Metrics, "write", killed)
+            with pytest.raises(stop):
+                tiny_run.run(there, c)
+        assert json.loads((there / "run.json").read_text())["status"] == "running"
+        output = tiny_run.run(there, c)
+        assert "continuing from the checkpoint of step 4" in output
+        for workdir in (local, there):
+            unprompted.run(workdir, "0")  # no checkpoint lies in the bucket
+            outliers.mine(workdir, 5, None)
+            report.write(workdir)
+
+        lines = [metrics.read(w / "metrics.jsonl") for w in (local, there)]
+        kept = [[(r["step"], r.get("loss"), r.get("validation/loss")) for r in x] for x in lines]
+        assert kept[0] == kept[1] and len(kept[0]) == 8 + 5
+        assert names(local) - {"checkpoints", "tensorboard"} == names(there)
+        for name in ("adapter", "ledger"):
+            assert names(local / name) == names(there / name)
+        for name in ("adapter/adapter_model.safetensors", "outliers.md", "review.csv"):
+            assert (there / name).read_bytes() == (local / name).read_bytes(), name
+
+        config = tiny_run.settings(inputs, places)
+        found = evaluate.evaluate(config, bucket / "evaluated", there / "adapter")
+        assert found == evaluate.evaluate(config, tmp_path / "evaluated", local / "adapter") | {
+            "adapter": str(there / "adapter")
+        }
+        with pytest.raises(UserError, match="gs://bucket/runs/one belongs to a run with another"):
+            tiny_run.run(there, tiny_run.settings(inputs, changes | places | {"optim.lr": 1.0}))
+
+
+def names(directory) -> set[str]:
+    return {p.name for p in directory.iterdir()}
