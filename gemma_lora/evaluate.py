@@ -67,15 +67,17 @@ def ledger_rows(
     eval_step gives every process the values of all rows.
 
     tokens: targets that carry loss; nll: their summed -log p; nll_max: the largest; correct: how
-    many are the greedy choice; margin and el2n: means over the tokens. In classification, label:
+    many are the greedy choice; margin and el2n: means over those of the completion, or all where
+    the row was cut before it. In classification, label:
     the index of the row's label word (else -1); label_p: the probabilities of all label words at
     the first token of the answer, given that it is one of them (else empty). token_nll: the -log p
     of each of the tokens, in their order.
     """
     n = len(data.examples)
-    sums = {k: np.zeros(n) for k in ("tokens", "nll", "correct", "margin", "el2n")}
+    sums = {k: np.zeros(n) for k in ("tokens", "nll", "correct")}
+    each: dict[str, list[np.ndarray]] = {k: [] for k in ("nll", "margin", "el2n")}
     largest = np.full(n, -np.inf)
-    whose, each = [], []
+    whose = []
     label_logits = np.full((n, len(data.label_tokens)), np.nan)
     for i in range(data.steps_per_epoch):
         batch = data.batch_at(i)
@@ -86,16 +88,24 @@ def ledger_rows(
             label_logits[owner[answer]] = values.pop("label_logits")[answer]
         np.add.at(sums["tokens"], owner[mine], 1)
         whose.append(owner[mine])
-        each.append(values["nll"][mine])
-        for name, x in values.items():
-            np.add.at(sums[name], owner[mine], x[mine].astype(np.float64))
+        for name, parts in each.items():
+            parts.append(values[name][mine])
+        for name in ("nll", "correct"):
+            np.add.at(sums[name], owner[mine], values[name][mine].astype(np.float64))
         with np.errstate(invalid="ignore"):  # NaN stays NaN; the caller looks for it
             np.maximum.at(largest, owner[mine], values["nll"][mine].astype(np.float64))
     # An example's tokens are in one row of one batch, so a stable sort keeps their order.
     order = np.argsort(np.concatenate(whose), kind="stable")
     ends = np.cumsum(sums["tokens"].astype(np.int64))[:-1]
+    by_example = {k: np.split(np.concatenate(x)[order], ends) for k, x in each.items()}
     token_nll = np.empty(n, object)
-    token_nll[:] = np.split(np.concatenate(each)[order], ends)
+    token_nll[:] = by_example["nll"]
+
+    def mean(name: str) -> np.ndarray:
+        pairs = zip(by_example[name], data.examples, strict=True)
+        parts = [completion_part(x, e.prompt_targets) for x, e in pairs]
+        return np.array([x.mean(dtype=np.float64) for x in parts])
+
     return {
         "id": np.array([e.id for e in data.examples], object),
         "split": np.array([split] * n, object),
@@ -104,8 +114,8 @@ def ledger_rows(
         "nll": sums["nll"],
         "nll_max": largest,
         "correct": sums["correct"].astype(np.int64),
-        "margin": sums["margin"] / sums["tokens"],
-        "el2n": sums["el2n"] / sums["tokens"],
+        "margin": mean("margin"),
+        "el2n": mean("el2n"),
         "label": np.array([e.label for e in data.examples], np.int64),
         "label_p": scipy.special.softmax(label_logits, -1) if label_logits.size else label_logits,
         "token_nll": token_nll,

@@ -26,8 +26,8 @@ from gemma_lora.files import path_of, replace_file, write_text
 from gemma_lora.workdir import read_config
 
 # Every score is larger where an example is more suspicious. All but base_loss and length_z, which
-# need one eval, take the evals after step 0. Losses are of the completion alone, in nats a token,
-# whatever the run trained on; those of all loss tokens differ only with data.loss_on 'all'.
+# need one eval, take the evals after step 0. All are of the completion alone, losses in nats a
+# token, but correctness and forgetting: of all tokens that carry loss, with the prompt's or not.
 SCORES = {
     "base_loss": "loss under the base model",
     "loss": "loss at the last eval",

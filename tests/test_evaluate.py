@@ -108,6 +108,18 @@ def test_base_model_gives_step_0_packed_or_not(trained, inputs, tmp_path):
         assert np.allclose(plain[column], packed[column], rtol=1e-4, atol=1e-5), column
 
 
+def test_margin_and_el2n_are_of_the_completion(inputs, tmp_path):
+    tables = []
+    for loss_on in ("all", "completion"):
+        evaluate.evaluate(validation(inputs, {"data.loss_on": loss_on}), tmp_path / loss_on, None)
+        path = tmp_path / loss_on / "ledger" / "eval_000000.parquet"
+        tables.append(pyarrow.parquet.read_table(path))
+    whole, part = tables
+    assert np.all(whole["tokens"].to_numpy() > part["tokens"].to_numpy())
+    for column in ("margin", "el2n"):
+        assert np.allclose(whole[column], part[column], rtol=1e-4, atol=1e-5), column
+
+
 def test_every_token_that_carries_loss_has_its_text(trained):
     ledger = trained / "ledger"
     names = ["id", "split", "token_nll"]
