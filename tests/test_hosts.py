@@ -17,7 +17,7 @@ import tiny_run
 from common import read_json
 from tiny_run import left, records
 
-from gemma_lora import distributed
+from gemma_lora import distributed, evaluate
 from gemma_lora.data.pipeline import load_data
 from gemma_lora.weights.pretrained import open_weights
 
@@ -190,6 +190,37 @@ def test_a_lost_process_stops_the_other_and_the_run_goes_on(straight, inputs, tm
     assert alone.returncode == 0, output[-3000:]
     assert "continuing from the checkpoint of step" in output and "fsdp=8" in output
     close(straight, tmp_path / "eight")
+
+
+EVALUATE = """
+import json, pathlib, sys
+import tiny_run
+from gemma_lora import distributed, evaluate
+
+inputs, out, changes, compiled = json.loads(sys.argv.pop(1))
+
+def main():
+    with tiny_run.quick_compilation(pathlib.Path(compiled)):
+        config = tiny_run.settings(pathlib.Path(inputs), changes)
+        print(json.dumps(evaluate.evaluate(config, pathlib.Path(out), None)))
+
+distributed.run(main)
+"""
+
+
+def test_an_evaluation_by_two_processes_is_that_of_one(inputs, tmp_path):
+    changes = CHANGES | {"data.path": str(inputs / "validation.jsonl")}
+    compiled = jax.config.jax_compilation_cache_dir
+    job = json.dumps([str(inputs), str(tmp_path / "two"), changes | MESH, compiled])
+    ended = together(EVALUATE, [[job]] * 2)
+    assert [status for status, *_ in ended] == [0, 0], ended[0][1][-3000:] + ended[1][1][-3000:]
+    first, second = (json.loads(output.splitlines()[-1]) for _, output, _ in ended)
+    assert first == second
+    one = evaluate.evaluate(tiny_run.settings(inputs, changes), tmp_path / "one", None)
+    assert first["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert (first["tokens"], first["examples"]) == (one["tokens"], one["examples"])
+    both = [tiny_run.ledger(tmp_path / name, 0, "eval") for name in ("one", "two")]
+    assert np.allclose(both[0]["nll"], both[1]["nll"], rtol=1e-5)
 
 
 # Every mesh gets the rows it should, whichever devices are neighbours; then a disagreement.
