@@ -125,7 +125,8 @@ def final_answer(text: str) -> str:
     if not reached or answer[0] in (reached[-1], 100 * reached[-1]):
         return ""
     # Many a last step is not annotated, and says its result in words; some write 3 400.
-    line = steps.rpartition("\n")[2]
+    # What stands before an annotation are its operands.
+    line = steps.rpartition("\n")[2].rpartition(">>")[2]
     if answer[0] in _numbers(line) + _numbers(re.sub(r"(?<=\d) (?=\d{3}\b)", "", line)):
         return ""
     return f"#### {marks[-1][1].strip()}, but the last step gives {last}"

@@ -273,7 +273,8 @@ def test_arithmetic_is_reported_for_its_row():
         ("That is <<500*2=1000>>1000.\n#### 1,000", False),
         ("That is <<2*5=10.00>>10.\n#### $10", False),
         ("That is <<.5-.25=.25>>.25 a can.\n#### 25", False),
-        ("It is 17 000/5 = 3 400, <<1=1>>.\n#### 3400", False),
+        ("Since <<1=1>>1, it is 17 000/5 = 3 400.\n#### 3400", False),
+        ("That is 30*1/5 = <<30*1/5=6>>6.\n#### 5", True),
         ("That is 6.\n#### 7", False),
         ("That is <<5+1=6>>6.", False),
         ("That is <<5+1=6>>6.\n#### none", False),
@@ -333,4 +334,4 @@ def test_real_problems_have_few_findings():
     ]
     found = check(rows, 2048)
     assert {name for why in found.values() for name in why} == {"final_answer"}
-    assert len(found) == 11
+    assert len(found) == 13
