@@ -179,7 +179,7 @@ def write_ledger(path: pathlib.Path, parts: list[dict[str, np.ndarray]]) -> None
     """One Parquet file of rows, written whole or not at all."""
     columns = {k: np.concatenate([p[k] for p in parts]) for k in COLUMNS}
     columns["label_p"] = list(columns["label_p"])  # a list a row
-    _write_table(path, pyarrow.table(columns, schema=pyarrow.schema(list(COLUMNS.items()))))
+    write_table(path, pyarrow.table(columns, schema=pyarrow.schema(list(COLUMNS.items()))))
 
 
 def write_examples(path: pathlib.Path, sets: dict[str, Dataset], tokenizer: Tokenizer) -> None:
@@ -201,15 +201,16 @@ def write_examples(path: pathlib.Path, sets: dict[str, Dataset], tokenizer: Toke
         for split, data in sets.items()
         for e in data.examples
     ]  # fmt: skip
-    _write_table(path, pyarrow.Table.from_pylist(rows))
+    write_table(path, pyarrow.Table.from_pylist(rows))
 
 
 def write_seen(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     """rows: of `seen_rows`."""
-    _write_table(path, pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(list(SEEN.items()))))
+    write_table(path, pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(list(SEEN.items()))))
 
 
-def _write_table(path: pathlib.Path, table: pyarrow.Table) -> None:
+def write_table(path: pathlib.Path, table: pyarrow.Table) -> None:
+    """A Parquet file, written whole or not at all."""
     with replace_file(path) as temporary:
         pyarrow.parquet.write_table(table, temporary)
 

@@ -32,7 +32,7 @@ import numpy as np
 from gemma_lora import config as configs
 from gemma_lora.arch import Arch
 from gemma_lora.errors import UserError, run_main
-from gemma_lora.files import path_of
+from gemma_lora.files import path_argument, remote
 from gemma_lora.lora import LoRAConfig, merge, merged, modules
 from gemma_lora.metrics import banner
 from gemma_lora.model import Transformer, head_weight, logits
@@ -135,6 +135,10 @@ def export(
 @contextlib.contextmanager
 def _appears(out: pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives a new path beside `out`; what the block has put there becomes `out` if it succeeds."""
+    if remote(out):
+        raise UserError(
+            f"--out {out}: expected a local directory; copy it to the bucket afterwards"
+        )
     if out.exists() or out.is_symlink():
         raise UserError(f"--out {out} exists; give a new name")
     try:
@@ -353,9 +357,9 @@ def _within(what: str, differences: np.ndarray, rows: np.ndarray, limit: float) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Export the result of a training run.")
-    parser.add_argument("--workdir", required=True, type=path_of)
+    parser.add_argument("--workdir", required=True, type=path_argument)
     parser.add_argument("--format", required=True, choices=("peft", "merged"))
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="a new directory")
+    parser.add_argument("--out", required=True, type=path_argument, help="a new directory")
     parser.add_argument("--dtype", choices=DTYPES, help="of merged weights; default: the run's")
     parser.add_argument(
         "--max-shard-gb", type=float, help=f"largest file of weights, 10^9 bytes ({SHARD_GB:g})"

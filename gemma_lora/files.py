@@ -4,6 +4,7 @@ A path is a pathlib.Path or, of a URL such as gs://bucket/run, an epath.Path, wh
 used here. An object of a bucket appears as a whole, but a directory of several does not.
 """
 
+import argparse
 import contextlib
 import hashlib
 import importlib.util
@@ -28,6 +29,14 @@ def path_of(text: str) -> pathlib.Path | epath.Path:
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text}: Google Cloud Storage needs the extra gs, pip install '.[gs]'")
     return epath.Path(text)
+
+
+def path_argument(text: str) -> pathlib.Path | epath.Path:
+    """path_of as a type of argparse, which would hide the message of a UserError."""
+    try:
+        return path_of(text)
+    except UserError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
 
 
 def remote(path: pathlib.Path | epath.Path) -> bool:

@@ -25,7 +25,7 @@ from gemma_lora.data.dataset import Dataset
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError
 from gemma_lora.evaluate import completion_part
-from gemma_lora.files import path_of, replace_file
+from gemma_lora.files import path_argument
 from gemma_lora.metrics import say
 from gemma_lora.optim import optimizer
 from gemma_lora.reopen import reopen
@@ -98,7 +98,7 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
             raise UserError(f"fold {k} of {folds}: the loss is {loss} at step {total}")
         rows = evaluate.ledger_rows(evaluating, state.lora, base, held, mesh, "train", total)
         if jax.process_index() == 0:
-            _write(path, _scores(rows, held))
+            evaluate.write_table(path, pyarrow.table(_scores(rows, held)))
         say(f"   fold {k} of {folds}: {total} steps, {len(held.examples)} examples held out")
     distributed.wait_for_all()  # process 0 has written
     tables = [evaluate.read_table(path, COLUMNS) for path in paths]
@@ -107,7 +107,7 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
     if columns["id"].tolist() != sorted(e.id for e in train_set.examples):
         raise UserError(f"{workdir / 'folds'} holds folds of other examples; remove it")
     if jax.process_index() == 0:
-        _write(workdir / "folds" / "scores.parquet", {k: table[k] for k in COLUMNS})
+        evaluate.write_table(workdir / "folds" / "scores.parquet", table)
     distributed.wait_for_all()
     return columns
 
@@ -130,14 +130,9 @@ def _scores(rows: dict[str, np.ndarray], held: Dataset) -> dict[str, Any]:
     return out | {"label_p": label_p}
 
 
-def _write(path: pathlib.Path, columns: dict[str, Any]) -> None:
-    with replace_file(path) as temporary:
-        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Out-of-fold losses of a run's examples.")
-    parser.add_argument("--workdir", required=True, type=path_of)
+    parser.add_argument("--workdir", required=True, type=path_argument)
     parser.add_argument("--folds", type=int, default=2)
     options = parser.parse_args()
     keep_compiled()

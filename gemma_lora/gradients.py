@@ -32,7 +32,8 @@ from gemma_lora.compiled import keep_compiled
 from gemma_lora.data.dataset import Dataset, shapes
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError, run_main
-from gemma_lora.files import path_of, replace_file
+from gemma_lora.evaluate import write_table
+from gemma_lora.files import path_argument
 from gemma_lora.loss import Sweep
 from gemma_lora.metrics import say
 from gemma_lora.model import Transformer
@@ -179,14 +180,13 @@ def run(workdir: pathlib.Path, which: str, m: int) -> dict[str, Any]:
         "neighbours": [[ids[j] for j in row] for row in index],
         "cosines": list(cosine),
     }
-    with replace_file(workdir / "gradients.parquet") as temporary:
-        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+    write_table(workdir / "gradients.parquet", pyarrow.table(columns))
     return columns
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Gradients of a run's training examples.")
-    parser.add_argument("--workdir", required=True, type=path_of)
+    parser.add_argument("--workdir", required=True, type=path_argument)
     parser.add_argument("--step", choices=STEPS, default=STEPS[0])
     parser.add_argument("--dimension", type=int, default=1024, help="of the projected gradients")
     options = parser.parse_args()

@@ -21,8 +21,8 @@ import scipy
 
 from gemma_lora import explain, review, rules
 from gemma_lora.errors import UserError, run_main
-from gemma_lora.evaluate import completion_part, read_table
-from gemma_lora.files import path_of, replace_file, write_text
+from gemma_lora.evaluate import completion_part, read_table, write_table
+from gemma_lora.files import path_argument, write_text
 from gemma_lora.workdir import read_config
 
 # Every score is larger where an example is more suspicious. All but base_loss and length_z, which
@@ -337,8 +337,7 @@ def mine(
     categories, shared = explain.explain(workdir, examples, columns, ranks, broken, worst)
     shared = review.write(workdir, texts, columns, broken, categories, top) + shared + rare
     more = {"rules": [sorted(broken.get(i, {})) for i in columns["id"]], "category": categories}
-    with replace_file(workdir / "outliers.parquet") as temporary:
-        pyarrow.parquet.write_table(pyarrow.table(columns | more), temporary)
+    write_table(workdir / "outliers.parquet", pyarrow.table(columns | more))
     near, step = read_neighbours(workdir)
     page = markdown(columns, broken, texts, ranks, worst, categories, near, step, shared)
     write_text(workdir / "outliers.md", page)
@@ -349,9 +348,9 @@ def mine(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Mine the outliers of a run's training examples.")
-    parser.add_argument("--workdir", required=True, type=path_of)
+    parser.add_argument("--workdir", required=True, type=path_argument)
     parser.add_argument("--top", type=int, help=f"how many to show or filter ({TOP})")
-    parser.add_argument("--write-filtered", type=pathlib.Path, help="a file for data.exclude")
+    parser.add_argument("--write-filtered", type=path_argument, help="a file for data.exclude")
     options = parser.parse_args()
     columns = mine(options.workdir, options.top, options.write_filtered)
     print(f"{len(columns['id'])} examples scored: {options.workdir / 'outliers.md'}, review.html")

@@ -28,8 +28,8 @@ from gemma_lora.data.dataset import shapes
 from gemma_lora.data.examples import Example
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError, run_main
-from gemma_lora.evaluate import ledger_rows
-from gemma_lora.files import path_of, replace_file
+from gemma_lora.evaluate import ledger_rows, write_table
+from gemma_lora.files import path_argument
 from gemma_lora.metrics import say
 from gemma_lora.outliers import read_ledger
 from gemma_lora.reopen import STEPS, Run, reopen, restored
@@ -53,9 +53,11 @@ def _shared(rows: list[np.ndarray]) -> int:
 def without_prompts(examples: list[Example]) -> list[Example]:
     """The examples with their completion after the tokens that all prompts share.
 
-    Loss is on the completion alone. Of a single kind of prompt nothing can be taken away.
+    Loss is on the completion alone. Of a single kind of prompt nothing can be taken away. Where
+    they share nothing, the last token of each stays: the completion's first needs one before it.
     """
     first, last = shared_ends([e.tokens[: e.answer_from] for e in examples])
+    last += first + last == 0
     out = []
     for e in examples:
         kept = [e.tokens[:first], e.tokens[e.answer_from - last :]]
@@ -102,14 +104,13 @@ def run(workdir: pathlib.Path, which: str) -> dict[str, Any]:
     }
     columns["unprompted"][there] = losses(opened, lora, base, bare)
     columns["ifd"] = columns["prompted"] / columns["unprompted"]
-    with replace_file(workdir / "unprompted.parquet") as temporary:
-        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+    write_table(workdir / "unprompted.parquet", pyarrow.table(columns))
     return columns
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Losses of completions without their prompts.")
-    parser.add_argument("--workdir", required=True, type=path_of)
+    parser.add_argument("--workdir", required=True, type=path_argument)
     parser.add_argument("--step", choices=STEPS, default="last")
     options = parser.parse_args()
     keep_compiled()

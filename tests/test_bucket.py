@@ -4,9 +4,9 @@ In place of Google's service, fsspec's file system in memory answers for gs://, 
 cannot be appended to. Orbax's own writing to a bucket and TensorBoard's are not part of this.
 """
 
+import argparse
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec.implementations.memory
@@ -16,7 +16,7 @@ from etils import epath
 
 from gemma_lora import checkpoint, evaluate, metrics, outliers, report, unprompted
 from gemma_lora.errors import UserError
-from gemma_lora.files import path_of, replace_directory, replace_file
+from gemma_lora.files import path_argument, path_of, replace_directory, replace_file
 
 
 class Bucket(fsspec.implementations.memory.MemoryFileSystem):
@@ -38,7 +38,7 @@ def with_gcsfs(monkeypatch) -> None:
 
 
 @pytest.fixture
-def bucket(monkeypatch) -> Iterator[epath.Path]:
+def bucket(monkeypatch) -> epath.Path:
     with_gcsfs(monkeypatch)
     # Where TensorFlow is installed, its own file systems would answer.
     monkeypatch.setattr(epath.gpath, "_is_tf_installed", lambda: False)
@@ -46,7 +46,7 @@ def bucket(monkeypatch) -> Iterator[epath.Path]:
     backend = type(epath.backend.fsspec_backend)
     monkeypatch.setattr(backend, "_get_filesystem", lambda self, name: files)
     files.store, files.pseudo_dirs = {}, [""]
-    yield path_of("gs://bucket")
+    return path_of("gs://bucket")
 
 
 @pytest.fixture
@@ -74,6 +74,9 @@ def test_paths(monkeypatch):
         path_of("s3://b/r")
     monkeypatch.undo()
     with_gcsfs(monkeypatch)
+    with pytest.raises(argparse.ArgumentTypeError, match="s3://b/r: expected a local path"):
+        path_argument("s3://b/r")
+    assert path_argument("gs://bucket/a") == path_of("gs://bucket/a")
     assert isinstance(path_of("a/b"), Path) and path_of("a/b") == Path("a/b")
     assert str(path_of("gs://bucket/a") / "b") == "gs://bucket/a/b"
 
@@ -122,8 +125,10 @@ def test_a_run_in_a_bucket_is_the_local_run(bucket, beside, tmp_path):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(metrics.Metrics, "write", killed)
+            patch.setattr(metrics.Metrics, "close", lambda self: None)  # a kill saves nothing
             with pytest.raises(stop):
                 tiny_run.run(there, c)
+        assert [r["step"] for r in metrics.read(there / "metrics.jsonl")][-2:] == [4, 4]
         assert json.loads((there / "run.json").read_text())["status"] == "running"
         output = tiny_run.run(there, c)
         assert "continuing from the checkpoint of step 4" in output

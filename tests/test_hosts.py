@@ -308,6 +308,29 @@ def test_flags_that_do_not_go_together(flags, message, monkeypatch, capsys):
     assert exit_.value.code == 2 and error.count("\n") == 1 and message in error
 
 
+@pytest.mark.parametrize(
+    "message,waits",
+    [("UNKNOWN: Gloo: Connection closed by peer", [17]), ("RESOURCE_EXHAUSTED: 9 GiB", [])],
+)
+def test_who_has_failed_is_heard_before_the_end(message, waits, monkeypatch):
+    """A lost connection waits for JAX's service, which knows; a fault of its own does not."""
+    slept = []
+
+    def fails():
+        raise jax.errors.JaxRuntimeError(message)
+
+    def exits(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(sys, "argv", ["train", "--heartbeat_timeout=7"])
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.time, "sleep", slept.append)
+    monkeypatch.setattr(distributed.os, "_exit", exits)
+    with pytest.raises(SystemExit) as exit_:
+        distributed.run(fails)
+    assert exit_.value.code == 1 and slept == waits
+
+
 def test_other_flags_are_left_to_the_program(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train", "--config", "x", "--heartbeat_timeout=5", "--w=1"])
     seen = []

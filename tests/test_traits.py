@@ -4,12 +4,14 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow
 import pytest
 import scipy
 from common import needs
 
 from gemma_lora import confident, explain, folds, rules, traits
 from gemma_lora.errors import UserError
+from gemma_lora.evaluate import write_table
 from gemma_lora.outliers import SCORES
 from gemma_lora.stats import holm, risk_ratio
 
@@ -169,9 +171,9 @@ def test_probabilities_of_the_folds_are_read(tmp_path):
     columns = folds._scores(rows, held)
     assert columns["fold_label"][0] == -np.log(0.5) and np.isnan(columns["fold_label"][1])
     path = tmp_path / "folds" / "scores.parquet"
-    folds._write(path, columns)
+    write_table(path, pyarrow.table(columns))
     assert np.array_equal(confident.read(tmp_path, np.array(["a", "b"])), p[::-1])
-    folds._write(path, {k: columns[k] for k in ("id", "fold_loss", "fold_label")})
+    write_table(path, pyarrow.table({k: columns[k] for k in ("id", "fold_loss", "fold_label")}))
     with pytest.raises(UserError, match="of an earlier version: remove it"):
         confident.read(tmp_path, np.array(["a", "b"]))
 

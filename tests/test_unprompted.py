@@ -42,6 +42,9 @@ def test_what_is_left_of_examples():
     assert ["".join(map(chr, e.tokens)) for e in left] == ["Q:  A: one", "Q:  A: twenty"]
     assert [e.loss_from for e in left] == [e.answer_from for e in left] == [6, 6]
     assert [e.load for e in left] == [4, 7]
+    left = unprompted.without_prompts([example("ab", " one"), example("xy", " two")])
+    assert ["".join(map(chr, e.tokens)) for e in left] == ["b one", "y two"]
+    assert [e.loss_from for e in left] == [1, 1] and [e.load for e in left] == [4, 4]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """From a config to the three data sets of a run, and what to say about them."""
 
-import pathlib
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from gemma_lora.data.examples import (
     tokenize,
 )
 from gemma_lora.errors import UserError, nearest
+from gemma_lora.files import path_of
 from gemma_lora.sharding import make_mesh, rows_here
 from gemma_lora.tokenizer import Tokenizer
 
@@ -115,7 +115,7 @@ def _excluded(path: str, known: set[str]) -> set[str]:
     if not path:
         return set()
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+        lines = path_of(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as e:
         raise UserError(f"data.exclude {path} cannot be read: {e}") from e
     ids = {line.strip() for line in lines} - {""}

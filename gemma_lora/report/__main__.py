@@ -3,7 +3,7 @@
 import argparse
 
 from gemma_lora.errors import UserError, run_main
-from gemma_lora.files import path_of
+from gemma_lora.files import path_argument
 from gemma_lora.report import write
 
 
@@ -11,9 +11,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m gemma_lora.report", description="Write the report of a training run."
     )
-    parser.add_argument("--workdir", required=True, type=path_of)
+    parser.add_argument("--workdir", required=True, type=path_argument)
     parser.add_argument(
-        "--compare", nargs="+", default=[], type=path_of, metavar="DIR",
+        "--compare", nargs="+", default=[], type=path_argument, metavar="DIR",
         help="workdirs of other runs",
     )  # fmt: skip
     parser.add_argument("--price-per-hour", type=float, metavar="X", help="of the whole machine")
