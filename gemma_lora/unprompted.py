@@ -51,7 +51,7 @@ def _shared(rows: list[np.ndarray]) -> int:
 
 
 def without_prompts(examples: list[Example]) -> list[Example]:
-    """The examples with their completion after the tokens that all prompts share.
+    """The examples, all with a prompt, with their completion after what all prompts share.
 
     Loss is on the completion alone. Of a single kind of prompt nothing can be taken away. Where
     they share nothing, the last token of each stays: the completion's first needs one before it.

@@ -14,7 +14,7 @@ import pytest
 import tiny_run
 from etils import epath
 
-from gemma_lora import checkpoint, evaluate, metrics, outliers, report, unprompted
+from gemma_lora import checkpoint, evaluate, export, metrics, outliers, report, unprompted
 from gemma_lora.errors import UserError
 from gemma_lora.files import path_argument, path_of, replace_directory, replace_file
 
@@ -98,6 +98,12 @@ def test_objects_appear_whole_or_not_at_all(bucket):
     with pytest.raises(ZeroDivisionError), replace_directory(bucket / "d" / "g"):
         raise ZeroDivisionError
     assert [p.read_text() for p in (bucket / "d" / "g").iterdir()] == ["c"]
+
+
+def test_an_export_to_a_bucket_is_refused(bucket):
+    message = "--out gs://bucket/out: expected a local directory"
+    with pytest.raises(UserError, match=message), export._appears(bucket / "out"):
+        raise AssertionError("the export has begun")
 
 
 def test_a_run_in_a_bucket_is_the_local_run(bucket, beside, tmp_path):
