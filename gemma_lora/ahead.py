@@ -130,7 +130,8 @@ def facts(
         if not found:
             raise
     else:
-        found |= _measured(compiled, arch, mesh, rows, length)
+        at_once = rows_at_once(config, rows, step)
+        found |= _measured(compiled, arch, mesh, at_once, length)
     found["seconds"] = time.monotonic() - start
     with contextlib.suppress(OSError):  # a folder that cannot be written only costs the time
         write_text(path, json.dumps(found, indent=1) + "\n")
@@ -171,8 +172,13 @@ def _measured(compiled: Any, arch: Arch, mesh: Mesh, rows: int, length: int) -> 
     }
 
 
+def rows_at_once(config: Any, rows: int, step: str) -> int:
+    """Of a batch, those that the model takes together: in training a micro-batch."""
+    return rows // config.train.micro_batches if step == "train" else rows
+
+
 def letter_sizes(arch: Arch, mesh: Mesh, rows: int, length: int) -> dict[str, int]:
-    """Of the letters that a product of activations shares, on one device."""
+    """Of the letters that a product of activations shares, on one device. rows: at once."""
     ways, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
 
     def part(n: int) -> int:

@@ -135,21 +135,26 @@ def _length(computations: Computations, loop: Op) -> int | None:
 def products(program: Program, sizes: dict[str, int]) -> dict[tuple[str, str], float]:
     """(path of the module, einsum) -> floating point operations of all runs of its products.
 
-    sizes: of the letters that both operands and the result of an einsum share, on one device.
+    sizes: of the letters that both operands and the result of an einsum share, on one device; of
+    use to a convolution, which does not state what it sums over as a dot does.
     """
     found: dict[tuple[str, str], float] = collections.defaultdict(float)
     for computation, _, op, times in program.ops():
         if op.kind not in ("convolution", "dot"):
             continue
-        x, y = (program.computations[computation][o].elements for o in op.operands[:2])
+        x, y = (program.computations[computation][o] for o in op.operands[:2])
         parts = op.source.split("/")
         eqn = next((p for p in parts if "->" in p), "?")
-        # (b M K) (b K N) (b M N) = b^3 (M K N)^2
-        letters = [set(p) for p in re.split(",|->", eqn)]
-        shared = set.intersection(*letters) if len(letters) == 3 else set()
-        batch = math.prod(sizes.get(c, 1) for c in shared)
+        if over := re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.text):
+            each = math.prod(x.shape[int(d)] for d in over[1].split(",") if d)
+            flops = 2.0 * op.elements * each
+        else:  # (b M K) (b K N) (b M N) = b^3 (M K N)^2
+            letters = [set(p) for p in re.split(",|->", eqn)]
+            shared = set.intersection(*letters) if len(letters) == 3 else set()
+            batch = math.prod(sizes.get(c, 1) for c in shared)
+            flops = 2 * math.sqrt(x.elements * y.elements * op.elements / batch)
         path = "/".join(p for p in parts if re.fullmatch(r"attn|mlp|\w+_proj(\.product)?", p))
-        found[path, eqn] += 2 * math.sqrt(x * y * op.elements / batch) * times
+        found[path, eqn] += flops * times
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from gemma_lora import ahead, hlo, plan
-from gemma_lora.arch import Arch
+from gemma_lora.arch import Arch, get_arch
 from gemma_lora.config import default
 from gemma_lora.errors import UserError
 from gemma_lora.sharding import bytes_a_device, make_mesh
@@ -53,6 +53,10 @@ true = held((base, state)) + 6 * 4 * 8 * 32 // 2  # six arrays of 4 bytes, 8 row
 assert abs(row["train"]["arguments"] / true - 1) < 0.01, (row["train"]["arguments"], true)
 assert row["train"]["flops"] > 2.5 * row["eval"]["flops"] > 0
 assert row["train"]["sent"]["all-gather"] > 0
+
+# However the rows are cut, they take the same products.
+cut = plan(Job(arch, config_of(**{"mesh.tensor": 4, "train.micro_batches": 4}), "cpu:8"), 100, None)
+assert cut["train"]["flops"] == row["train"]["flops"] > cut["eval"]["flops"] == row["eval"]["flops"]
 
 ahead.lowered = None  # from now on nothing can be compiled
 again = plan(Job(arch, c, "cpu:8"), 100, None)
@@ -196,16 +200,20 @@ SMALL = tiny.TINY["gemma2"] | {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(
+on_tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu, the TPU's compiler, is not installed",
 )
-def test_no_whole_weight_and_no_logits_in_the_program_for_a_tpu():
-    """Soft-caps, windows and packed rows; arguments within 1 % of the sharded trees."""
-    arch = Arch.from_hf(SMALL)
+
+
+@on_tpu
+@pytest.mark.parametrize("name", ("small", "gemma_2b"))
+def test_no_whole_weight_and_no_logits_in_the_program_for_a_tpu(name):
+    """Small: soft-caps, windows and packed rows; arguments within 1 % of the sharded trees."""
+    arch = Arch.from_hf(SMALL) if name == "small" else get_arch(name)
     c = config_of(**{"dtype": "bfloat16", "data.seq_len": 256, "head.chunk": 512})
     mesh = make_mesh(c.mesh, ahead.devices_of("v5e:2x2"))
-    rows, length = 8, 256
+    rows, length = 16, 256
     compiled = ahead.lowered(arch, c, mesh, rows, length, "train").compile()
     trees = ahead.shapes(arch, c, mesh, rows, length)
     true = sum(map(bytes_a_device, jax.tree.leaves(trees)))
@@ -217,7 +225,8 @@ def test_no_whole_weight_and_no_logits_in_the_program_for_a_tpu():
     one = arch.embed * arch.hidden
     assert any(c.times > 1 and c.results[0].elements == one for c in gathers)
     assert not any(x.elements >= arch.layers * one // 2 for c in gathers for x in c.results)
-    # Nor the table, nor the logits of a device's rows, in any buffer.
+    # Nor the table, nor the logits of a device's rows, in any buffer. It has more tokens than
+    # columns of the table, so its part of that is smaller.
     assert not any(x.elements >= arch.vocab * arch.embed for c in gathers for x in c.results)
     tokens = rows * length // mesh.size
     logits = [
@@ -227,3 +236,18 @@ def test_no_whole_weight_and_no_logits_in_the_program_for_a_tpu():
         if arch.vocab in x.shape and x.elements >= tokens * arch.vocab
     ]
     assert not logits, logits[0]
+
+
+@on_tpu
+@pytest.mark.parametrize("attention", ("splash", "reference"))
+def test_a_tpu_takes_the_same_products_however_the_rows_are_cut(attention):
+    """The scan over micro-batches and the rows of its products make up for each other."""
+    found = []
+    for micro_batches in (1, 4):
+        changes = {"data.seq_len": 256, "data.batch_size": 16, "attention": attention}
+        changes |= {"dtype": "bfloat16", "train.micro_batches": micro_batches}
+        row = plan.plan(plan.Job(Arch.from_hf(SMALL), config_of(**changes), "v5e:2x2"), None, None)
+        assert row["attention"].startswith(attention)
+        assert (row["train"]["attention"] > 0) == (attention == "splash")
+        found.append([row[step]["flops"] for step in ahead.STEPS])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
