@@ -12,6 +12,7 @@ import argparse
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU's compiler alone; arrays stay here
@@ -45,14 +46,17 @@ def measured(name: str, topology: str, scaling: str) -> dict[str, Any]:
 def cells(row: dict[str, Any]) -> list[str]:
     train, gib = row["train"], plan.GIB
     out = [row["scaling"], str(row["devices"]), str(row["batch"][0]), str(row["micro"])]
-    if "too_large" in train:
-        over = row["peak"] - train["available"]
-        return [*out, f"no, by {over / gib:.2f} GiB", f"{row['peak'] / gib:.2f}"] + ["-"] * 5
     out += ["yes" if row["fits"] else "no", f"{row['peak'] / gib:.2f}"]
+    if "bounds" not in row:  # the compiler refused a step
+        return out + ["-"] * 5
     out += [f"{train['flops'] / 1e12:.2f}", f"{train['traffic'] / 1e9:.1f}"]
     seconds = row["bounds"]["train"][row["bound"]]
     out += [f"{train['sent_bytes'] / 1e9:.2f}", f"{1e3 * seconds:.0f}, {row['bound']}"]
     return [*out, f"{row['tokens_a_second'] / row['devices']:,.0f}"]
+
+
+def line(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
 
 
 def main() -> None:
@@ -64,13 +68,10 @@ def main() -> None:
     parser.add_argument("--topologies", nargs="+", default=sizes)
     options = parser.parse_args()
     for name in options.archs:
-        print(f"\n## {name}\n", *("| " + " | ".join(x) + " |" for x in (HEADS, ["---"] * len(HEADS))),
-              sep="\n", flush=True)  # fmt: skip
+        print(f"\n## {name}\n", line(HEADS), line(["---"] * len(HEADS)), sep="\n", flush=True)
         for scaling in ("weak", "strong"):
             for topology in options.topologies:
-                print(
-                    "| " + " | ".join(cells(measured(name, topology, scaling))) + " |", flush=True
-                )
+                print(line(cells(measured(name, topology, scaling))), flush=True)
 
 
 if __name__ == "__main__":
