@@ -108,7 +108,8 @@ def facts(
 ) -> dict[str, Any]:
     """What one step takes of one device, from the program compiled for it:
 
-    arguments, temporaries, outputs (those that replace no argument), code: bytes held;
+    arguments, temporaries, outputs (those that replace no argument), code: bytes held; padding:
+    what tiles add to the arguments;
     flops: of matrix products; attention: a splash kernel's products of [T,H] by [H,S], which
     are not in flops, a head; traffic: bytes from and to HBM; sent: kind of collective ->
     bytes; unknown_loops: loops counted once; seconds: of the compilation. Where the compiler finds
@@ -161,6 +162,7 @@ def _measured(compiled: Any, arch: Arch, mesh: Mesh, rows: int, length: int) -> 
         sent[each.kind] += each.bytes
     return {
         "arguments": memory.argument_size_in_bytes,
+        "padding": hlo.padding(program),
         "temporaries": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,

@@ -17,7 +17,12 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 class Array:
     dtype: str
     shape: tuple[int, ...]
-    on_chip: bool  # in a TPU's vector or scalar memory, not in its HBM
+    layout: str = ""  # as '{2,1,0:T(8,128)(2,1)}'; '': not stated
+
+    @property
+    def on_chip(self) -> bool:
+        """In a TPU's vector or scalar memory, not in its HBM."""
+        return "S(" in self.layout
 
     @property
     def elements(self) -> int:
@@ -26,6 +31,19 @@ class Array:
     @property
     def bytes(self) -> int:
         return self.elements * BYTES[self.dtype]
+
+    @property
+    def held(self) -> int:
+        """Bytes with the padding of the innermost dimensions to a TPU's tiles."""
+        order, _, tiles = self.layout.strip("{}").partition(":")
+        # The innermost dimension first; without a layout it is the last.
+        inner = [int(d) for d in order.split(",") if d] or range(len(self.shape))[::-1]
+        sizes = [self.shape[d] for d in inner] or [1]
+        tile = re.findall(r"\d+", tiles.partition(")")[0]) if tiles.startswith("T(") else []
+        for at, size in enumerate(map(int, reversed(tile))):
+            if at < len(sizes):
+                sizes[at] = -(-sizes[at] // size) * size
+        return math.prod(sizes) * BYTES[self.dtype]
 
 
 @dataclasses.dataclass
@@ -64,7 +82,8 @@ Computations = dict[str, dict[str, Op]]
 class Program:
     computations: Computations
     runs: dict[str, float]  # computation -> how often it runs; of a conditional's branches, equally
-    unknown: int  # loops whose length the text does not say, counted once
+    entry: str  # the computation that is run
+    unknown: int = 0  # loops whose length the text does not say, counted once
 
     def ops(self):
         """(computation, name, op, times) of everything that runs."""
@@ -87,16 +106,24 @@ def parse(text: str) -> Program:
             kind = re.search(r"[)}\]] ([a-z][\w\-]*)\(([^)]*)\)", found[3])
             types = found[3][: kind.start() + 1] if kind else ""
             results = [
-                Array(dtype, tuple(int(n) for n in sizes.split(",") if n), "S(" in layout)
+                Array(dtype, tuple(int(n) for n in sizes.split(",") if n), layout)
                 for dtype, sizes, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", types)
                 if dtype in BYTES
             ]
             if results and kind:
                 operands = re.findall(r"%([\w.\-]+)", kind[2])
                 computations[name][found[2]] = Op(kind[1], results, operands, line, bool(found[1]))
-    program = Program(computations, collections.defaultdict(float), 0)
+    program = Program(computations, collections.defaultdict(float), entry)
     _visit(program, entry, 1.0)
     return program
+
+
+def padding(program: Program) -> int:
+    """Bytes that tiles add to the program's arguments."""
+    arguments = [
+        op for op in program.computations[program.entry].values() if op.kind == "parameter"
+    ]
+    return sum(x.held - x.bytes for op in arguments for x in op.results)
 
 
 def _visit(program: Program, name: str, times: float) -> None:

@@ -296,6 +296,8 @@ def table(rows: list[dict[str, Any]], prices: dict[str, Any] | None) -> str:
         else:
             lines.append(_cells(row, prices))
         trees = ", ".join(f"{k} {v / GIB:.3f}" for k, v in row["trees"].items())
+        if padding := row["train"].get("padding"):
+            trees += f", padding to the chip's tiles {padding / GIB:.3f}"
         notes += [
             f"{name}: {row['devices']} devices, mesh "
             f"{', '.join(f'{a}={n}' for a, n in row['mesh'].items())}; batch "

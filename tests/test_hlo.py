@@ -88,7 +88,7 @@ def test_a_loop_of_unknown_length_counts_once_and_is_told():
     ],
 )
 def test_bytes_on_a_ring(kind, ways, part):
-    x = hlo.Array("f32", (16, 2), False)
+    x = hlo.Array("f32", (16, 2))
     assert hlo.Collective(kind, (x, x), ways, 5, "").bytes == pytest.approx(5 * 2 * 128 * part)
 
 
@@ -127,3 +127,21 @@ print("equal")
 
 def test_products_and_collectives_of_a_program_compiled_for_cpus():
     common.on_eight_devices(COMPILED)
+
+
+@pytest.mark.parametrize(
+    "dtype, shape, layout, held",
+    (
+        ("bf16", (24, 14, 64, 224), "{3,2,1,0:T(8,128)(2,1)}", 24 * 14 * 64 * 256 * 2),
+        ("bf16", (24, 224, 4864), "{2,1,0:T(8,128)(2,1)}", 24 * 224 * 4864 * 2),
+        ("f32", (24, 225, 8), "{1,2,0:T(8,128)}", 24 * 256 * 8 * 4),
+        ("f32", (224,), "{0:T(256)S(1)}", 1024),
+        ("f32", (3, 5), "{1,0}", 60),
+        ("s32", (3, 5), "", 60),
+        ("s32", (), "{:T(128)}", 512),
+        ("s32", (), "{}", 4),
+    ),
+)
+def test_bytes_held_in_tiles(dtype, shape, layout, held):
+    """The layout names the innermost dimension first, its tile last."""
+    assert hlo.Array(dtype, shape, layout).held == held
