@@ -20,7 +20,10 @@ from gemma_lora.errors import UserError
 
 
 def path_of(text: str) -> pathlib.Path | epath.Path:
-    """The path of a file or directory that a user names; UserError for a URL without support."""
+    """The path of a file or directory that a user names, which need not exist.
+
+    Raises UserError for a URL without support, or of a bucket that nothing can be asked of.
+    """
     scheme, found, _ = text.partition("://")
     if not found:
         return pathlib.Path(text).expanduser()
@@ -28,7 +31,13 @@ def path_of(text: str) -> pathlib.Path | epath.Path:
         raise UserError(f"{text}: expected a local path, or gs://bucket/...")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text}: Google Cloud Storage needs the extra gs, pip install '.[gs]'")
-    return epath.Path(text)
+    path = epath.Path(text)
+    try:
+        path.exists()
+    except Exception as e:  # of gcsfs, aiohttp or google.auth: no way there, no credentials
+        why = (str(e).splitlines() or [""])[0]
+        raise UserError(f"{text} cannot be reached: {type(e).__name__}: {why}") from e
+    return path
 
 
 def path_argument(text: str) -> pathlib.Path | epath.Path:

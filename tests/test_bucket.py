@@ -72,13 +72,22 @@ def test_paths(monkeypatch):
         path_of("gs://b/r")
     with pytest.raises(UserError, match="s3://b/r: expected a local path, or gs://bucket/"):
         path_of("s3://b/r")
-    monkeypatch.undo()
-    with_gcsfs(monkeypatch)
     with pytest.raises(argparse.ArgumentTypeError, match="s3://b/r: expected a local path"):
         path_argument("s3://b/r")
-    assert path_argument("gs://bucket/a") == path_of("gs://bucket/a")
     assert isinstance(path_of("a/b"), Path) and path_of("a/b") == Path("a/b")
+
+
+def test_paths_in_a_bucket(bucket, monkeypatch):
+    assert path_argument("gs://bucket/a") == path_of("gs://bucket/a")
     assert str(path_of("gs://bucket/a") / "b") == "gs://bucket/a/b"
+
+    def refuse(self, path, **more):
+        raise ConnectionRefusedError("no credentials\nand more")
+
+    monkeypatch.setattr(Bucket, "exists", refuse)
+    message = "^gs://bucket/a cannot be reached: ConnectionRefusedError: no credentials$"
+    with pytest.raises(UserError, match=message):
+        path_of("gs://bucket/a")
 
 
 def test_objects_appear_whole_or_not_at_all(bucket):
