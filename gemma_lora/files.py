@@ -36,7 +36,10 @@ def path_of(text: str) -> pathlib.Path | epath.Path:
         path.exists()
     except Exception as e:  # of gcsfs, aiohttp or google.auth: no way there, no credentials
         why = (str(e).splitlines() or [""])[0]
-        raise UserError(f"{text} cannot be reached: {type(e).__name__}: {why}") from e
+        raise UserError(
+            f"{text} cannot be reached: {type(e).__name__}: {why}; expected a bucket that this "
+            "host may use: see its network, and `gcloud auth application-default login`"
+        ) from e
     return path
 
 

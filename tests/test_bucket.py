@@ -85,7 +85,7 @@ def test_paths_in_a_bucket(bucket, monkeypatch):
         raise ConnectionRefusedError("no credentials\nand more")
 
     monkeypatch.setattr(Bucket, "exists", refuse)
-    message = "^gs://bucket/a cannot be reached: ConnectionRefusedError: no credentials$"
+    message = "^gs://bucket/a cannot be reached: ConnectionRefusedError: no credentials; .* login`$"
     with pytest.raises(UserError, match=message):
         path_of("gs://bucket/a")
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from gemma_lora import ahead, plan
 from gemma_lora.arch import get_arch
 from gemma_lora.config import default
-from gemma_lora.errors import run_main
+from gemma_lora.errors import UserError, run_main
 
 ROWS, TOTAL, LENGTH = 4, 256, 256
 HEADS = ("scaling", "chips", "rows", "micro-batches", "fits", "GiB a chip", "TFLOP a chip",
@@ -37,10 +37,10 @@ def measured(name: str, topology: str, scaling: str) -> dict[str, Any]:
     if scaling == "strong":
         config.train.micro_batches = max(1, TOTAL // (ROWS * chips))
     job = plan.Job(get_arch(name), config, topology)
-    return plan.plan(job, None, None) | {
-        "scaling": scaling,
-        "micro": config.train.micro_batches,
-    }
+    row = plan.plan(job, None, None)
+    if "error" in row:
+        raise UserError(f"{name} on {topology}, {scaling}: {row['error']}")
+    return row | {"scaling": scaling, "micro": config.train.micro_batches}
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -50,7 +50,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     if "bounds" not in row:  # the compiler refused a step
         return out + ["-"] * 5
     out += [f"{train['flops'] / 1e12:.2f}", f"{train['traffic'] / 1e9:.1f}"]
-    seconds = row["bounds"]["train"][row["bound"]]
+    seconds = row["seconds"]["train"]
     out += [f"{train['sent_bytes'] / 1e9:.2f}", f"{1e3 * seconds:.0f}, {row['bound']}"]
     return [*out, f"{row['tokens_a_second'] / row['devices']:,.0f}"]
 
