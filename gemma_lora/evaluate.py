@@ -185,9 +185,10 @@ def write_ledger(path: pathlib.Path, parts: list[dict[str, np.ndarray]]) -> None
 def write_examples(path: pathlib.Path, sets: dict[str, Dataset], tokenizer: Tokenizer) -> None:
     """What the ledger's ids stand for.
 
-    id, split, text, completion: index of its first character; length: tokens, whether they carry
-    loss or not; prompt_targets: how many of the tokens that carry loss lie before the completion;
-    label: as in the ledger; pieces: the text of each token that carries loss.
+    id, split, text, completion: index of its first character; end: index behind its last; length:
+    tokens, whether they carry loss or not; prompt_targets: how many of the tokens that carry loss
+    lie before the completion; label: as in the ledger; pieces: the text of each token that carries
+    loss.
     """
 
     @functools.cache
@@ -195,7 +196,7 @@ def write_examples(path: pathlib.Path, sets: dict[str, Dataset], tokenizer: Toke
         return tokenizer.decode([token], skip_special=False)
 
     rows = [
-        {"id": e.id, "split": split, "text": e.text, "completion": e.completion,
+        {"id": e.id, "split": split, "text": e.text, "completion": e.completion, "end": e.end,
          "length": len(e.tokens), "prompt_targets": e.prompt_targets,
          "label": e.label, "pieces": [piece(int(t)) for t in e.tokens[e.loss_from :]]}
         for split, data in sets.items()

@@ -97,10 +97,8 @@ def _shared(examples: list[dict[str, Any]], worst: np.ndarray, categories: list[
     """Traits and clusters of the worst against all others."""
     flagged = np.zeros(len(examples), bool)
     flagged[worst] = True
-    features = traits.measure(
-        [(e["text"][: e["completion"]], e["text"][e["completion"] :]) for e in examples]
-    )
-    words = {e["label"]: e["text"][e["completion"] :].strip() for e in examples if e["label"] >= 0}
+    features = traits.measure([(e["prompt"], e["answer"]) for e in examples])
+    words = {e["label"]: e["answer"].strip() for e in examples if e["label"] >= 0}
     labels = np.array([e["label"] for e in examples])
     features |= {f"label {words[k]!r}": labels == k for k in sorted(words)}
     tested = traits.lifts(flagged, features)

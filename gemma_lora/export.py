@@ -31,6 +31,7 @@ import numpy as np
 
 from gemma_lora import config as configs
 from gemma_lora.arch import Arch
+from gemma_lora.data.examples import control_end
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import path_argument, remote
 from gemma_lora.lora import LoRAConfig, merge, merged, modules
@@ -54,7 +55,7 @@ TEXTS = (
     "def area(radius):\n    # of a circle\n    return 3.14159 * radius ** 2\n\n\nprint(area(1.5))",
 )
 # Of a run's config, what its model is made from.
-CONFIG = ("weights", "arch", "weights_sha256", "tokenizer", "dtype", "quantize")
+CONFIG = ("weights", "arch", "weights_sha256", "tokenizer", "dtype", "quantize", "data")
 # Of a Hugging Face base: the tokenizer's files, and what its config.json says beyond the Arch.
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -78,6 +79,7 @@ class Tuned:
     tokenizer_home: pathlib.Path | None  # where it came from, if from Hugging Face's files
     config: LoRAConfig
     lora: dict[str, Any]
+    chat: bool  # was it tuned on conversations
 
     def merged(self, ours: str, layer: int | None) -> np.ndarray:
         """The leaf with what the adapter adds, of one layer where it has layers; float32."""
@@ -118,12 +120,12 @@ def export(
     home = pathlib.Path(run["tokenizer"]).expanduser() if run["tokenizer"] else None
     if home is None and pretrained.form == "hf":
         home = pretrained.home
-    tuned = Tuned(pretrained, pretrained.tokenizer(), home, config, lora)
+    tuned = Tuned(pretrained, pretrained.tokenizer(), home, config, lora, run["data"]["chat"])
     facts = {"to": out, "base": f"{run['weights']}. {pretrained.notice}".rstrip(". ")}
     with _appears(out) as directory:
         if form == "peft":
-            base_name, inner = pretrained.base_name, pretrained.inner
-            peft.export(directory, lora, config, pretrained.arch, base_name, inner)
+            base_model = pretrained.base_name, pretrained.inner, pretrained.revision
+            peft.export(directory, lora, config, pretrained.arch, *base_model)
             return facts | check_adapter(tuned, directory)
         dtype = dtype or run["dtype"]
         sums = write_merged(tuned, directory, dtype, shard_gb or SHARD_GB)
@@ -244,10 +246,13 @@ def _write_small_files(tuned: Tuned, directory: pathlib.Path, dtype: str) -> Non
     generation = tuned.pretrained.home / "generation_config.json"
     if tuned.pretrained.form == "hf" and generation.exists():
         shutil.copy(generation, directory)
+        said = json.loads(generation.read_text(encoding="utf-8"))
+        if (found := _stopping(said, tuned)) != said:
+            _write_json(directory / generation.name, found)
     ids = {"bos_token_id": t.bos_id, "eos_token_id": t.eos_id, "pad_token_id": t.pad_id}
     config = tuned.pretrained.arch.to_hf() | {"torch_dtype": dtype} | ids
     config |= {k: stated[k] for k in (*KEPT, *ids) if k in stated}
-    _write_json(directory / "config.json", config)
+    _write_json(directory / "config.json", _stopping(config, tuned))
     home = tuned.tokenizer_home
     if home is None or not (home / "tokenizer_config.json").exists():
         t.save(directory)
@@ -255,6 +260,17 @@ def _write_small_files(tuned: Tuned, directory: pathlib.Path, dtype: str) -> Non
     for file in TOKENIZER_FILES:
         if (home / file).exists():
             shutil.copy(home / file, directory)
+
+
+def _stopping(config: dict[str, Any], tuned: Tuned) -> dict[str, Any]:
+    """With what ends a turn among the ids that generation stops at, if the run taught turns."""
+    ids, t = config.get("eos_token_id"), tuned.tokenizer
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not tuned.chat:
+        return config
+    text = t.render_chat([{"role": k, "content": "a"} for k in ("user", "assistant")])
+    end = control_end(text, t.encode_batch([text])[0], t)
+    return config if end in (None, *ids) else config | {"eos_token_id": [*ids, end]}
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:

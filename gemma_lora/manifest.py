@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import subprocess
 from typing import Any
 
@@ -41,9 +42,11 @@ def facts(config: Any) -> dict[str, Any]:
 
 
 def commit(root: pathlib.Path) -> str | None:
-    """'3f2a...' or '3f2a... with changes'; None where root is not the top of a git checkout."""
+    """'3f2a...' or '3f2a... with changes'; of an archive, what git wrote there; None: not known."""
     if not (root / ".git").exists():
-        return None
+        archived = root / "launch" / "commit.txt"
+        text = archived.read_text().strip() if archived.exists() else ""
+        return text if re.fullmatch("[0-9a-f]{40,64}", text) else None
 
     def git(*command: str) -> str:
         done = subprocess.run(

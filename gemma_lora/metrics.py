@@ -63,12 +63,14 @@ class Metrics:
     def __init__(self, workdir: pathlib.Path, start: int | None, total: int):
         """Drops what was written after step `start` (None: everything): it comes again."""
         self._on = jax.process_index() == 0
+        self.spent = 0.0
         if not self._on:
             return
         self.path = workdir / "metrics.jsonl"
         old = read(self.path) if self.path.exists() else []
         first = 0 if start is None else start + 1
         kept = [r for r in old if r["step"] < first]
+        self.spent = max((r.get("seconds") or 0.0 for r in old), default=0.0)  # lost steps', too
         self._lines = [json.dumps(r) + "\n" for r in kept]
         write_text(self.path, "".join(self._lines))
         # Nothing can be appended to the objects of a bucket.

@@ -21,7 +21,7 @@ import scipy
 
 from gemma_lora import explain, review, rules
 from gemma_lora.errors import UserError, run_main
-from gemma_lora.evaluate import completion_part, read_table, write_table
+from gemma_lora.evaluate import column_names, completion_part, read_table, write_table
 from gemma_lora.files import path_argument, write_text
 from gemma_lora.workdir import read_config
 
@@ -93,10 +93,17 @@ class Ledger:
 
 
 def read_examples(workdir: pathlib.Path, split: str) -> list[dict[str, Any]]:
-    """Texts of a split: id, text, completion, length, prompt_targets, label; in id order."""
-    names = ("id", "split", "text", "completion", "length", "prompt_targets", "label")
+    """Texts of a split: id, text, prompt, answer, length, prompt_targets, label; in id order.
+
+    answer: the completion without what ends the turn of a conversation.
+    """
+    names = ("id", "split", "text", "completion", "end", "length", "prompt_targets", "label")
     table = read_table(workdir / "ledger" / "examples.parquet", names)
-    return sorted((e for e in table.to_pylist() if e["split"] == split), key=lambda e: e["id"])
+    found = sorted((e for e in table.to_pylist() if e["split"] == split), key=lambda e: e["id"])
+    for e in found:
+        cut = e.pop("completion")
+        e |= {"prompt": e["text"][:cut], "answer": e["text"][cut : e.pop("end")]}
+    return found
 
 
 def read_ledger(workdir: pathlib.Path) -> Ledger:
@@ -128,6 +135,8 @@ def read_ledger(workdir: pathlib.Path) -> Ledger:
             f"{workdir / 'ledger'} has no eval of all training examples: outliers are mined from a "
             "run with train.ledger_every above 0, e.g. --config.train.ledger_every=0.5"
         )
+    # Of a run that diverged, the evals after that hold nothing to rank by.
+    found = {k: e for k, e in found.items() if np.isfinite(e["loss"]).any()} or found
     evals = [found[step] for step in sorted(found)]
     stacked = {k: np.stack([e[k] for e in evals]) for k in evals[0]}
     label = np.array([e["label"] for e in examples])
@@ -198,9 +207,14 @@ def scores_of(ledger: Ledger, more: dict[str, np.ndarray] | None = None) -> dict
 
 
 def rank(score: np.ndarray) -> np.ndarray:
-    """[n] in (0, 1]: the share of examples whose score is not larger; 0.5 where it is NaN."""
-    found = scipy.stats.rankdata(score, nan_policy="omit") / max(1, (~np.isnan(score)).sum())
-    return np.where(np.isnan(score), 0.5, found)
+    """[n] in (0, 1]: places by size over their number, a mean where equal; 0.5 where it is NaN."""
+    return np.where(np.isnan(score), 0.5, share(score, "average"))
+
+
+def share(score: np.ndarray, ties: str = "max") -> np.ndarray:
+    """[n] in (0, 1]: the share of examples whose score is not larger; NaN where it is NaN."""
+    found = scipy.stats.rankdata(score, ties, nan_policy="omit") / max(1, (~np.isnan(score)).sum())
+    return np.where(np.isnan(score), np.nan, found)
 
 
 def score(workdir: pathlib.Path) -> dict[str, np.ndarray]:
@@ -245,18 +259,26 @@ def read_more(workdir: pathlib.Path, ids: np.ndarray) -> dict[str, np.ndarray]:
     return {k: x for k, x in found.items() if not np.isnan(x).all()}
 
 
-def read_neighbours(
-    workdir: pathlib.Path,
-) -> tuple[dict[str, list[tuple[str, float]]], int | None]:
-    """(id -> (id, cosine) of the examples with the most alike gradients, the step whose adapters
-    they were taken under); ({}, None): none were taken."""
+def read_neighbours(workdir: pathlib.Path) -> dict[str, list[tuple[str, float]]]:
+    """id -> (id, cosine) of the examples with the most alike gradients; {}: none were taken."""
     path = workdir / "gradients.parquet"
     if not path.exists():
-        return {}, None
-    table = read_table(path, ("id", "neighbours", "cosines", "step"))
-    columns = [c.to_pylist() for c in table.columns[:3]]
-    pairs = {i: list(zip(*pair, strict=True)) for i, *pair in zip(*columns, strict=True)}
-    return pairs, table["step"][0].as_py()
+        return {}
+    table = read_table(path, ("id", "neighbours", "cosines"))
+    columns = [c.to_pylist() for c in table.columns]
+    return {i: list(zip(*pair, strict=True)) for i, *pair in zip(*columns, strict=True)}
+
+
+def _looked_at(workdir: pathlib.Path) -> str:
+    """Which adapters the scores were taken under: the files of MORE may be of other steps."""
+    steps = read_ledger(workdir).steps
+    last = f"The ledger looked at steps {', '.join(map(str, steps))}; the last is that of `loss`."
+    for name, scores in MORE.items():
+        path = workdir / name
+        if path.exists() and "step" in column_names(path):
+            step = read_table(path, ("step",))["step"][0].as_py()
+            last += f" The adapters of step {step} made {' and '.join(f'`{k}`' for k in scores)}."
+    return last
 
 
 def broken_rules(workdir: pathlib.Path) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -264,11 +286,9 @@ def broken_rules(workdir: pathlib.Path) -> tuple[dict[str, dict[str, str]], list
     rows, words = [], {}
     for split in ("train", "validation"):
         for e in read_examples(workdir, split):
-            cut = e["completion"]
-            words[e["label"]] = e["text"][cut:].strip()
-            rows.append(
-                rules.Row(e["id"], split, e["text"][:cut], e["text"][cut:], e["length"], e["label"])
-            )
+            words[e["label"]] = e["answer"].strip()
+            of = e["prompt"], e["answer"], e["length"], e["label"]
+            rows.append(rules.Row(e["id"], split, *of))
     seq_len = read_config(workdir, ("data",))["data"]["seq_len"]
     trained = {r.id for r in rows if r.split == "train"}
     rare = rules.imbalance([r for r in rows if r.split == "train"]) or {}
@@ -281,22 +301,22 @@ def markdown(
     columns: dict[str, np.ndarray],
     broken: dict[str, dict[str, str]],
     texts: list[str],
-    ranks: dict[str, np.ndarray],
     worst: np.ndarray,
     categories: list[str],
     neighbours: dict[str, list[tuple[str, float]]],
-    gradient_step: int | None,
+    looked_at: str,
     shared: list[str],
 ) -> str:
     """The worst examples, what they share (lines of Markdown), and those that break a rule."""
-    names, text_of = list(ranks), dict(zip(columns["id"], texts, strict=True))
+    names = [k for k in SCORES if k in columns]
+    text_of = dict(zip(columns["id"], texts, strict=True))
     lines = [f"# The {len(worst)} most suspicious of {len(columns['id'])} training examples", ""]
     lines += ["Of each score its value and, in brackets, the share of examples below or at it.", ""]
     lines += [f"- `{k}`: {SCORES[k]}" for k in names]
-    if gradient_step is not None:
-        lines += ["", f"Gradients are those under the adapters of step {gradient_step}."]
+    lines += ["", looked_at]
+    shares = {k: share(columns[k]) for k in names}
     for place, i in enumerate(worst, 1):
-        shown = ", ".join(f"{k} {columns[k][i]:.3g} ({ranks[k][i]:.3f})" for k in names)
+        shown = ", ".join(f"{k} {columns[k][i]:.3g} ({shares[k][i]:.3f})" for k in names)
         lines += ["", f"## {place}. {columns['id'][i]}: {categories[i]}", "", shown, ""]
         lines += [f"{rule}: {why}\n" for rule, why in broken.get(columns["id"][i], {}).items()]
         lines += ["    " + line for line in texts[i].splitlines()]
@@ -326,6 +346,8 @@ def mine(
     top: None: TOP, or all where there are fewer.
     """
     columns = score(workdir)
+    if not np.isfinite(columns["loss"]).any():
+        raise UserError(f"no loss of the training examples in {workdir} is finite: nothing to rank")
     top = min(TOP, len(columns["id"])) if top is None else top
     if not 0 < top <= len(columns["id"]):
         raise UserError(f"--top is {top}, expected 1 to {len(columns['id'])} training examples")
@@ -338,8 +360,8 @@ def mine(
     shared = review.write(workdir, texts, columns, broken, categories, top) + shared + rare
     more = {"rules": [sorted(broken.get(i, {})) for i in columns["id"]], "category": categories}
     write_table(workdir / "outliers.parquet", pyarrow.table(columns | more))
-    near, step = read_neighbours(workdir)
-    page = markdown(columns, broken, texts, ranks, worst, categories, near, step, shared)
+    near, looked_at = read_neighbours(workdir), _looked_at(workdir)
+    page = markdown(columns, broken, texts, worst, categories, near, looked_at, shared)
     write_text(workdir / "outliers.md", page)
     if filtered:
         write_text(filtered, "".join(f"{columns['id'][i]}\n" for i in worst))

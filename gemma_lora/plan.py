@@ -10,7 +10,6 @@ neither weights nor data sets (of a data.path it counts the examples). A price f
 
 import datetime
 import json
-import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -79,7 +78,7 @@ def plan(job: Job, examples: int | None, prices: dict[str, Any] | None) -> dict[
     row: dict[str, Any] = {"topology": job.topology}
     try:
         mesh = _mesh(job)
-        check_rows(data.batch_size, mesh)
+        check_rows(data.batch_size, mesh, job.config.train.micro_batches)
     except UserError as e:
         return row | {"error": str(e)}
     dtype = jax.numpy.dtype(job.config.dtype)
@@ -145,7 +144,7 @@ def largest(job: Job) -> dict[str, Any]:
     if chip is None:
         raise UserError(f"--largest: the memory of a {job.topology} is not known")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    unit = math.lcm(ways, job.config.train.micro_batches)  # what the rows of a batch must divide by
+    unit = ways * job.config.train.micro_batches  # what the rows of a batch must divide by
     known: dict[int, int] = {}
 
     def fits(units: int) -> bool:
@@ -227,7 +226,7 @@ def _steps(config: Any, examples: int) -> tuple[int, int]:
     data, train = config.data, config.train
     held, fit = round(examples * data.validation_fraction), examples
     if data.validation_path:
-        held = len(sources.read("", data.validation_path, 0))
+        held = len(sources.read("", data.validation_path, data.limit))
     else:
         fit = examples - held
     each, size = max(1, -(-fit // data.batch_size)), train.eval_examples
@@ -305,6 +304,11 @@ def table(rows: list[dict[str, Any]], prices: dict[str, Any] | None) -> str:
             f"{row['head']}; sharded trees, GiB a device: {trees}",
             *(f"{name}: whole on each device: {what}" for what in row["whole"]),
         ]
+        if loops := row["train"].get("unknown_loops"):
+            notes.append(
+                f"{name}: {loops} loops as long as the data say, counted once: products, traffic "
+                "and times are the least"
+            )
         if sent := row["train"].get("sent"):
             kinds = ", ".join(f"{k} {v / 1e9:.3f}" for k, v in sorted(sent.items()) if v)
             notes.append(f"{name}: sent GB a training step: {kinds or 'nothing'}")

@@ -41,6 +41,7 @@ def read_marks(path: pathlib.Path, ids: list[str]) -> dict[str, tuple[str, str]]
     known, found = set(ids), {}
     for row in rows:
         example, at = row["id"] or "", f"{path}, line {rows.line_num}"
+        example = example if example in known else example.removeprefix("'")
         mark, comment = (row["mark"] or "").strip().lower(), (row["comment"] or "").strip()
         if mark and mark not in MARKS:
             raise UserError(f"{at}: mark {row['mark']!r} of {example}: {nearest(mark, MARKS)}")
@@ -75,12 +76,10 @@ def write(
     for place, i in enumerate(order, 1):
         if place > top and ids[i] not in marks:
             continue
-        text = " ".join(texts[i].split())
-        if text.startswith(("=", "+", "-", "@")):
-            text = f"'{text}"  # or a spreadsheet would compute it
+        text = _inert(" ".join(texts[i].split()))
         mark, comment = marks.get(ids[i], ("", ""))
         rows.append(
-            {"id": ids[i], "rank": place, "category": categories[i],
+            {"id": _inert(ids[i]), "rank": place, "category": categories[i],
              "rules": "; ".join(f"{k}: {v}" for k, v in broken.get(ids[i], {}).items()),
              "text": text[:EXCERPT] + "..." * (len(text) > EXCERPT),
              "mark": mark, "comment": comment, "whole": texts[i]}
@@ -95,6 +94,11 @@ def write(
     write_text(workdir / "review.html", html)
     write_text(workdir / "review.csv", out.getvalue())
     return precision([marks.get(ids[i], ("", ""))[0] for i in order], top)
+
+
+def _inert(text: str) -> str:
+    """With a ' before what a spreadsheet would compute."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def precision(marks: list[str], top: int) -> list[str]:

@@ -156,11 +156,11 @@ def _near(rows: list[Row]) -> Iterator[tuple[int, str, str]]:
     so the work grows with the rows and not with their pairs; rows that are alike become one group
     by their links, in which all are compared.
     """
-    first: dict[str, int] = {}  # of copies, one is compared
+    copies: dict[str, list[int]] = collections.defaultdict(list)
     texts = [_plain(f"{r.prompt} {r.completion}") for r in rows]
     for i, text in enumerate(texts):
-        first.setdefault(text, i)
-    kept = list(first.values())
+        copies[text].append(i)
+    kept = [same[0] for same in copies.values()]  # of copies, one is compared
     sample = [_pieces(texts[i]) for i in kept[:: max(1, len(kept) // 1000)]]
     hashes, counts = np.unique(np.concatenate([_pieces(""), *sample]), return_counts=True)
     template = hashes[counts > _common(len(sample))]
@@ -188,24 +188,32 @@ def _near(rows: list[Row]) -> Iterator[tuple[int, str, str]]:
     for k in np.unique([a, b]):
         groups[names[k]].append(kept[k])
     for group in groups.values():
-        yield from _compare(rows, texts, template, group)
+        yield from _compare(rows, {i: copies[texts[i]] for i in group}, texts, template)
 
 
 def _compare(
-    rows: list[Row], texts: list[str], template: np.ndarray, group: list[int]
+    rows: list[Row], group: dict[int, list[int]], texts: list[str], template: np.ndarray
 ) -> Iterator[tuple[int, str, str]]:
+    """group: row -> its copies and itself; what is found of it and other rows."""
     own = {i: set(_own(texts[i], template).tolist()) for i in group}
-    for at, i in enumerate(group):
-        # A group of hundreds is one pattern filled in: its neighbours do for evidence.
-        for j in group[at + 1 : at + 33]:
+    members = list(group)
+    sides = {i: {_side(rows[c]) for c in copies} for i, copies in group.items()}
+    others = {s: [j for j in members if sides[j] - {s}] for s in ("train", "validation")}
+    for at, i in enumerate(members):
+        # A group of hundreds is one pattern filled in: some do for evidence, but of either side.
+        near = [*members[at + 1 : at + 33], *(j for s in sides[i] for j in others[s][:32])]
+        for j in dict.fromkeys(near):
             both = len(own[i] & own[j])
             alike = both / (len(own[i]) + len(own[j]) - both)
-            if alike < NEAR:
+            if alike < NEAR or i == j:
                 continue
             for this, other in ((i, j), (j, i)):
                 yield this, "near_duplicate", f"like {rows[other].id}, {alike:.0%}"
-                if (side := _side(rows[other])) != _side(rows[this]):
-                    yield this, "overlap", f"like {rows[other].id} ({side}), {alike:.0%}"
+                for a in group[this]:
+                    leaks = (b for b in group[other] if _side(rows[b]) != _side(rows[a]))
+                    if sides[other] - {_side(rows[a])}:
+                        b = next(leaks)
+                        yield a, "overlap", f"like {rows[b].id} ({_side(rows[b])}), {alike:.0%}"
 
 
 def _own(text: str, template: np.ndarray) -> np.ndarray:

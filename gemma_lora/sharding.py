@@ -182,13 +182,15 @@ def gathered(w: jax.Array, letters: str, mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(w, NamedSharding(mesh, spec(kept, w.shape, mesh)))
 
 
-def check_rows(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError where the devices cannot share the rows of a batch evenly."""
+def check_rows(batch_size: int, mesh: Mesh, micro_batches: int = 1) -> None:
+    """Raises UserError where the devices cannot share the rows of a (micro-)batch evenly."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % ways:
+    if batch_size % (ways * micro_batches):
+        times = f", in each of train.micro_batches={micro_batches}" if micro_batches > 1 else ""
         raise UserError(
-            f"data.batch_size is {batch_size}, expected a multiple of {ways}: mesh data="
-            f"{mesh.shape['data']}, fsdp={mesh.shape['fsdp']} shares the rows among its devices"
+            f"data.batch_size is {batch_size}, expected a multiple of {ways * micro_batches}: mesh "
+            f"data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']} shares the rows among its "
+            f"devices{times}"
         )
 
 

@@ -133,4 +133,6 @@ def final_answer(text: str) -> str:
 
 
 def _numbers(text: str) -> list[Fraction]:
-    return [Fraction(n.replace(",", "")) for n in _NUMBER.findall(text)]
+    # Python makes no number of thousands of digits, and no sum of a text needs one.
+    found = [n.replace(",", "") for n in _NUMBER.findall(text)]
+    return [Fraction(n) for n in found if len(n) <= _BITS]

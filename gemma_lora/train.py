@@ -91,7 +91,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         tokenizer = pretrained.tokenizer()
     arch = pretrained.arch
     mesh = make_mesh(config.mesh)
-    check_rows(config.data.batch_size, mesh)
+    check_rows(config.data.batch_size, mesh, config.train.micro_batches)
     model = build_model(arch, config, wrap, mesh)
     abstract = model.abstract()
     adapted = check_targets(wrap, nn.unbox(abstract["params"]))
@@ -205,7 +205,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
     if jax.process_index() == 0:
         forget_after(workdir, start)
     metrics = Metrics(workdir, start, total)
-    timer = Timer(notes["seconds"] + phases.since_start())
+    timer = Timer(max(notes["seconds"], metrics.spent) + phases.since_start())
     seen: list[dict[str, Any]] = []  # rows of the steps since the last save
 
     def at(step: int) -> str:
@@ -250,22 +250,26 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
 
         with mark("evaluate"):
             parts = [rows(validation, "validation")]
-            if not at_ledger(step):
-                parts.append(rows(probe, "train_probe"))
-        if at_ledger(step):
+        found = {"validation": evaluate.metrics(parts[0], config.data.batch_size)}
+        loss = found["validation"]["loss"]
+        # A look of the ledger between the evals changes neither when a run stops nor what is best.
+        planned = step % every == 0 or step == total
+        better = planned and loss < notes["best_loss"]
+        notes["bad_evals"] = 0 if better else notes["bad_evals"] + planned
+        if at_ledger(step) or (whole and _patience_over(notes, config)):
             with mark(LEDGER):
                 parts.append(rows(whole[0], "train"))
                 parts.append(evaluate.part_of(parts[-1], probe_ids, "train_probe"))
-        found = {p["split"][0]: evaluate.metrics(p, config.data.batch_size) for p in parts}
+        else:
+            with mark("evaluate"):
+                parts.append(rows(probe, "train_probe"))
+        found |= {p["split"][0]: evaluate.metrics(p, config.data.batch_size) for p in parts[1:]}
         if jax.process_index() == 0:
             evaluate.write_ledger(workdir / "ledger" / f"eval_{step:06d}.parquet", parts)
-        loss = found["validation"]["loss"]
         bad = [i for p in parts for i in evaluate.not_finite(p)]
-        better = not bad and loss < notes["best_loss"]
+        better &= not bad
         if better:
-            notes.update(best_loss=loss, best_step=step, bad_evals=0)
-        else:
-            notes["bad_evals"] += 1
+            notes.update(best_loss=loss, best_step=step)
         notes["seconds"] = timer.total()
         flat = {f"{s}/{k}": v for s, m in found.items() for k, v in m.items()}
         classes = found["validation"].get("class_accuracy")
@@ -377,8 +381,8 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         # Whole on every process, so that the first one can write all of it.
         lora = jax.jit(lambda x: x, out_shardings=replicated(mesh))(lora)
         if jax.process_index() == 0:
-            base_name, inner = pretrained.base_name, pretrained.inner
-            peft.export(workdir / "adapter", lora, exported, arch, base_name, inner)
+            base_model = pretrained.base_name, pretrained.inner, pretrained.revision
+            peft.export(workdir / "adapter", lora, exported, arch, *base_model)
     written = report.write(workdir) if jax.process_index() == 0 else {}
     distributed.wait_for_all()
     if status == "nan":

@@ -23,11 +23,11 @@ from gemma_lora.files import remote, write_text
 def claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> bool:
     """Makes the workdir this run's, before anything expensive; True if the run was begun before.
 
-    A start that failed before its first checkpoint leaves config.json alone, which does not bind;
-    nor does the mesh, so that a run can go on with other devices. Raises UserError when it belongs
-    to another run (naming the keys that differ), is not a directory, cannot be written, or has less
-    free space than `need_bytes`; on several processes also where they have not all the same config,
-    or where one of them sees another directory than process 0.
+    A start that failed before its first checkpoint does not bind; nor does the mesh, so that a run
+    can go on with other devices. Raises UserError when it belongs to another run (naming the keys
+    that differ), is not a directory, cannot be written, or has less free space than `need_bytes`;
+    on several processes also where they have not all the same config, or where one of them sees
+    another directory than process 0.
     """
     distributed.agree("the config", json.dumps(config, sort_keys=True))
     begun = _claim(workdir, config, need_bytes) if jax.process_index() == 0 else False
@@ -62,8 +62,10 @@ def _claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> bo
         begun = any(p != file and not p.name.startswith(".") for p in there)
         if begun and not file.exists():
             raise UserError(f"workdir {workdir} is not empty and holds no run; give another one")
+        saved = (workdir / "run.json").exists()
+        saved |= any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
         theirs = _read(file) | {"mesh": config["mesh"]} if begun else {}
-        if begun and (differ := differences(config, theirs)):
+        if saved and (differ := differences(config, theirs)):
             raise UserError(
                 f"workdir {workdir} belongs to a run with another config: "
                 f"{'; '.join(differ)}. Give another --workdir, or the same config"

@@ -42,8 +42,16 @@ on() { # WORKER COMMAND
   call gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker="$1" --command="$2"
 }
 
-# The state of the slice; NONE where nothing has its name.
-state() { resource describe '--format=value(state.state)' || echo NONE; }
+# The state of the slice; NONE where nothing has its name. Fails where gcloud cannot tell.
+state() {
+  local said ok=1
+  said=$(mktemp)
+  resource describe '--format=value(state.state)' 2>"$said" || ok=""
+  cat "$said" >&2
+  if [ -z "$ok" ] && grep -q NOT_FOUND "$said"; then ok=1 && echo NONE; fi
+  rm -f "$said"
+  [ -n "$ok" ]
+}
 
 create() {
   resource create --node-id="$name" --accelerator-type="$type" --runtime-version="$runtime" \
@@ -52,13 +60,21 @@ create() {
 }
 
 await_active() {
-  local now
+  local now failed=0
   if [ -n "$dry_run" ]; then
     state
     return
   fi
-  while now=$(state) && [ "$now" != ACTIVE ]; do
+  while true; do
+    # The wait can last for hours, and a network fails now and then.
+    if now=$(state); then
+      failed=0
+    else
+      now="not known" failed=$((failed + 1))
+      [ "$failed" -lt 10 ] || die "gcloud does not tell the state of the slice $name"
+    fi
     case $now in
+      ACTIVE) return ;;
       FAILED | SUSPENDED | SUSPENDING | NONE) die "the slice $name is $now, expected ACTIVE" ;;
     esac
     echo "   $name: $now" >&2
@@ -78,24 +94,31 @@ install() {
   fi
 }
 
+# How a host says that a run is under way.
+busy="if kill -0 \"\$(cat gemma_lora/run.pid 2>/dev/null)\" 2>/dev/null; then echo 'error: a run is under way' >&2; exit 2; fi"
+
+# Ends the script where a run is under way: no file may change below it.
+idle() { on all "$busy"; }
+
 # Started in a session of its own, so that it outlives the connection.
 run() {
   local train
   train="$(quoted .venv/bin/python -m gemma_lora.train --coordinator auto "$@")"
-  local free="if kill -0 \"\$(cat run.pid 2>/dev/null)\" 2>/dev/null; then echo 'error: a run is under way' >&2; exit 2; fi"
-  on all "cd gemma_lora && $free; rm -f run.status; setsid nohup bash -c $(quoted "$train; echo \$? >run.status") >run.log 2>&1 </dev/null & echo \$! >run.pid"
+  local there="[ -x gemma_lora/.venv/bin/python ] || { echo 'error: nothing is installed: tpu_vm.sh install' >&2; exit 2; }"
+  on all "$busy; $there; cd gemma_lora || exit 2; rm -f run.status; setsid nohup bash -c $(quoted "$train; echo \$? >run.status") >run.log 2>&1 </dev/null & echo \$! >run.pid"
 }
 
 logs() {
-  on "$worker" "cd gemma_lora && tail -n +1 --pid=\"\$(cat run.pid)\" -F run.log; exit \"\$(cat run.status)\""
+  on "$worker" "cd gemma_lora || exit 2; tail -n +1 --pid=\"\$(cat run.pid)\" -F run.log; exit \"\$(cat run.status)\""
 }
 
 resume() {
   local now
-  now=$(state)
+  now=$(state) || die "gcloud does not tell the state of the slice $name"
   if [ -n "$dry_run" ]; then echo "$now"; fi
   case $now in
-    ACTIVE) ;;
+    # An earlier start may have ended before all was installed, or a host may have been restarted.
+    ACTIVE) idle; install ;;
     NONE) create; install ;;
     # Still in the queue: to ask anew would lose the place.
     ACCEPTED | PROVISIONING | CREATING | WAITING_FOR_RESOURCES) await_active; install ;;

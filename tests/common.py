@@ -152,7 +152,7 @@ def examples(lengths: list[int], loss_from: list[int], vocab: int = 128) -> list
     """Random examples of given lengths whose loss begins at the given tokens."""
     rng = np.random.default_rng(0)
     return [
-        Example(f"e{i}", rng.integers(3, vocab, n).astype(np.int32), start, f"text {i}", 0)
+        Example(f"e{i}", rng.integers(3, vocab, n).astype(np.int32), start, f"text {i}", 0, 0)
         for i, (n, start) in enumerate(zip(lengths, loss_from, strict=True))
     ]
 

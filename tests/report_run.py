@@ -57,6 +57,7 @@ def put_rest(workdir, texts, evals, train, status="finished", schedule="linear",
     c = config.to_dict(config.default())
     c["optim"]["schedule"] = schedule
     c["data"]["template"] = "Question: {question}\nAnswer: {answer}"
+    c["data"]["loss_on"] = "completion"
     c["lora"]["targets"] = "attn|mlp"
     (workdir / "config.json").write_text(json.dumps(c))
     record = {
@@ -96,7 +97,7 @@ def make(workdir: pathlib.Path, losses=(2.0, 1.0, 1.5), probe=(2.0, 0.8, 0.5), n
     tokens = rng.integers(4, 40, n)
     noise = rng.normal(0, 0.2, (len(losses), n)) * tokens
     noise -= tokens * (noise.sum(1) / tokens.sum())[:, None]  # sums to zero over the tokens
-    steps = [20 * i for i in range(len(losses))]
+    steps = kw.pop("steps", [20 * i for i in range(len(losses))])
     for i, step in enumerate(steps):
         right = (tokens * (0.25 + 0.25 * i)).astype(int)
         parts = [
@@ -125,6 +126,7 @@ def gsm8k(workdir: pathlib.Path, validation: int, train: int, steps=(0, 20, 40, 
             pieces = [*re.findall(r"<<|>>|####|\d|\s?\w+|\s|[^\w\s]", text[len(prompt) :]), "<eos>"]
             rows.append({
                 "id": f"{split}-{i}", "split": split, "text": text, "completion": len(prompt),
+                "end": len(text),
                 "length": len(pieces) + 9, "prompt_targets": 0, "label": -1, "pieces": pieces,
             })  # fmt: skip
     probe = [r | {"split": "train_probe"} for r in rows[: min(40, train)]]

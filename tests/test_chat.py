@@ -214,11 +214,17 @@ def test_a_row_becomes_two_turns(tokenizer, row, data, user):
         [e] = tokenized([row], tokenizer, loss_on=loss_on, **data).examples
         assert e.text == "<bos>" + turn("user", user) + turn("model", "5")
         assert e.text[e.completion :] == "5<end_of_turn>\n"
+        assert e.text[e.completion : e.end] == "5"
         assert tokenizer.decode(e.tokens, skip_special=False) == e.text
         assert list(e.tokens).count(tokenizer.bos_id) == 1 and tokenizer.eos_id not in e.tokens
         assert e.tokens[e.answer_from] == tokenizer.encode("5")[0]
         assert e.loss_from == (1 if loss_on == "all" else e.answer_from)
         assert learnt(e, tokenizer).endswith("5<end_of_turn>\n")
+
+
+def test_an_empty_answer_has_no_text(tokenizer):
+    [e] = tokenized([{"question": "2+3?", "answer": ""}], tokenizer).examples
+    assert e.text[e.completion :] == "<end_of_turn>\n" and e.end == e.completion
 
 
 def test_messages_train_the_last_turn(tokenizer):

@@ -265,13 +265,22 @@ def test_claim_and_claim_again(tmp_path):
     # A start that failed before its first checkpoint, say for a mistyped path, does not bind.
     assert workdir.claim(run, other(rank=16), 1) is False
     assert json.loads((run / "config.json").read_text())["lora"]["rank"] == 16
-    (run / "checkpoints").mkdir()
+    (run / "checkpoints").mkdir()  # as one that ran out of memory while compiling leaves it
+    assert workdir.claim(run, PLAIN, 1) is True
     assert workdir.claim(run, other(rank=16), 1) is True
+
+
+@pytest.mark.parametrize("left", ["checkpoints/0", "run.json"])
+def test_what_a_run_saved_binds(tmp_path, left):
+    workdir.claim(tmp_path, PLAIN, 1)
+    (tmp_path / left).mkdir(parents=True)
+    assert workdir.claim(tmp_path, PLAIN, 1) is True
+    assert "lora.rank: 16 here, 8 there" in message(workdir.claim, tmp_path, other(rank=16), 1)
 
 
 def test_another_config_names_its_keys(tmp_path):
     workdir.claim(tmp_path, PLAIN, 1)
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "0").mkdir(parents=True)
     text = message(workdir.claim, tmp_path, other(rank=16, alpha=1.0), 1)
     assert "lora.rank: 16 here, 8 there" in text and "lora.alpha: 1.0 here, 16.0 there" in text
     assert "dropout" not in text and str(tmp_path) in text

@@ -41,7 +41,7 @@ def examples(n, seed, longest=SIZE):
     for i in range(n):
         length = rng.randint(2, longest)
         tokens = np.arange(at, at + length, dtype=np.int32)
-        made.append(Example(f"x{i}", tokens, rng.randint(1, length - 1), "", 0))
+        made.append(Example(f"x{i}", tokens, rng.randint(1, length - 1), "", 0, 0))
         at += length
     return made
 

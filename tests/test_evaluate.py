@@ -166,3 +166,5 @@ def test_rows_that_the_devices_cannot_share():
     sharding.check_rows(8, mesh)
     with pytest.raises(UserError, match=r"data.batch_size is 6, expected a multiple of 4"):
         sharding.check_rows(6, mesh)
+    with pytest.raises(UserError, match=r"multiple of 16: .* train.micro_batches=4"):
+        sharding.check_rows(8, mesh, 4)

@@ -34,6 +34,7 @@ from gemma_lora.lora import LoRAConfig, check_targets
 from gemma_lora.loss import Sweep
 from gemma_lora.model import Transformer, head_weight, logits
 from gemma_lora.step import State, make_train_step
+from gemma_lora.tokenizer import Tokenizer
 from gemma_lora.weights import mapping, peft
 from gemma_lora.weights.pretrained import load_base, open_weights
 
@@ -85,6 +86,21 @@ def test_bfloat16_in_shards(workdir, tmp_path):
     assert all(sum(x.nbytes for x in load_one(f).values()) <= 50_000 for f in shards)
     assert index["weight_map"] == {k: f.name for f in shards for k in load_one(f)}
     assert common.read_json(tmp_path / "out" / "config.json")["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("stated", [{}, {"eos_token_id": 1, "top_k": 64}])
+def test_generation_stops_where_a_run_on_conversations_ends_a_turn(tmp_path, stated):
+    workdir = write_run(tmp_path, "gemma", {"data.chat": True})
+    if stated:
+        (tmp_path / "base" / "generation_config.json").write_text(json.dumps(stated))
+    export.export(workdir, "merged", tmp_path / "out")
+    t = Tokenizer.from_dir(tmp_path / "out")
+    [end] = t.encode("<end_of_turn>")
+    want = [common.read_json(tmp_path / "base" / "config.json").get("eos_token_id", t.eos_id), end]
+    assert common.read_json(tmp_path / "out" / "config.json")["eos_token_id"] == want
+    if stated:
+        written = common.read_json(tmp_path / "out" / "generation_config.json")
+        assert written == {"eos_token_id": [1, end], "top_k": 64}
 
 
 def test_an_int8_run_merges_into_the_original_weights(tmp_path):

@@ -339,6 +339,14 @@ def test_the_metadata_tell_the_arch(tmp_path, name):
         assert open_weights(path, given).arch == dataclasses.replace(arch, vocab=8)
 
 
+def test_a_model_with_words_added(tmp_path):
+    arch = ARCHS["gemma2_2b"]
+    words = np.zeros((arch.vocab + 2, 1), np.float32)
+    tensors = {"token_embd.weight": (words, gguf.GGMLQuantizationType.F32)}
+    path = write_model(tmp_path / "x.gguf", arch, tensors)
+    assert open_weights(path, "auto").arch == dataclasses.replace(arch, vocab=arch.vocab + 2)
+
+
 def test_a_model_that_is_not_listed(tmp_path):
     opened = open_weights(write_tiny_gguf(tmp_path / "tiny.gguf", "gemma2"), "auto")
     want = Arch.from_hf(TINY["gemma2"])

@@ -41,6 +41,7 @@ def test_a_model_of_the_hub(calls, tmp_path, suffix, revision):
     opened = open_weights(f"hf:{NAME}{suffix}", "auto")
     assert [call[:2] for call in calls.calls] == [(NAME, revision)]
     assert (opened.base_name, opened.home) == (NAME, calls.result)
+    assert opened.revision == (revision or "")
     same(load(opened), load_dir(calls.result))
     text = message(open_weights, f"hf:{NAME}", "auto", "0" * 64)
     assert "weights_sha256 is given, but the weights are a directory" in text
@@ -49,6 +50,7 @@ def test_a_model_of_the_hub(calls, tmp_path, suffix, revision):
 def test_only_the_files_that_are_read_are_fetched():
     wanted = ["model.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"]
     wanted += ["tokenizer.model", "chat_template.jinja", "model-00001-of-00002.safetensors"]
+    wanted += ["vocab.json", "merges.txt"]
     others = ["pytorch_model.bin", "flax_model.msgpack", "README.md", "gemma.gguf", "model.onnx"]
     for name in wanted + others:
         found = any(fnmatch.fnmatch(name, pattern) for pattern in hub.HF_FILES)

@@ -20,7 +20,9 @@ if "describe" in sys.argv:  # the next of the states
     first, *rest = states.read_text().split()
     states.write_text(" ".join(rest or [first]))
     if first == "absent":
-        sys.exit("not found")
+        sys.exit("ERROR: (gcloud) NOT_FOUND: no such slice")
+    if first == "fails":
+        sys.exit("ERROR: (gcloud) UNAVAILABLE: try again")
     print(first)
 sys.exit(int(os.environ.get("STATUS", 0)))
 """
@@ -131,7 +133,7 @@ def test_logs_end_as_the_run_did(launch, tmp_path):
 @pytest.mark.parametrize(
     "states,expected",
     [
-        ("ACTIVE", ["describe", "ssh"]),
+        ("ACTIVE", ["describe", "ssh", "git", "scp", "ssh", "ssh"]),
         (
             "SUSPENDED ACTIVE",
             ["describe", "delete", "create", "describe", "git", "scp", "ssh", "ssh"],
@@ -141,12 +143,36 @@ def test_logs_end_as_the_run_did(launch, tmp_path):
             ["describe", "describe", "describe", "git", "scp", "ssh", "ssh"],
         ),
         ("absent ACTIVE", ["describe", "create", "describe", "git", "scp", "ssh", "ssh"]),
+        (
+            "PROVISIONING fails fails ACTIVE",
+            ["describe", "describe", "describe", "describe", "git", "scp", "ssh", "ssh"],
+        ),
     ],
 )
 def test_resume_makes_anew_what_was_preempted(states, expected, launch):
     done, calls = launch("tpu_vm.sh", "resume", *SLICE, *KIND, "--", *HARD, after=states)
     assert done.returncode == 0 and verbs(calls) == expected, done.stderr
     assert "gemma_lora.train" in calls[-1][-1]
+
+
+def test_what_gcloud_does_not_tell_is_not_made_anew(launch):
+    done, calls = launch("tpu_vm.sh", "resume", *SLICE, *KIND, "--", *HARD, after="fails")
+    assert done.returncode == 2 and verbs(calls) == ["describe"]
+    assert "UNAVAILABLE" in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: gcloud does not tell the state of the slice s"
+    done, calls = launch("tpu_vm.sh", "create", *SLICE, *KIND, after="fails")
+    assert done.returncode == 2 and verbs(calls) == ["create"] + ["describe"] * 10
+
+
+def test_a_host_without_an_installation_says_so(launch, tmp_path):
+    _, [call] = launch("tpu_vm.sh", "run", *SLICE, "--", *HARD)
+    command = call[-1].removeprefix("--command=")
+    for home in (tmp_path / "gemma_lora", None):
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and "nothing is installed" in done.stderr
+        assert not list(tmp_path.glob("run.*"))
+        if home:
+            home.mkdir()
 
 
 def test_delete(launch):

@@ -1,11 +1,24 @@
 """What a run was made with: the commit of a checkout, hashes, versions."""
 
 import hashlib
+import shutil
 import subprocess
+from pathlib import Path
 
 import jax
 
 from gemma_lora import config, manifest
+
+
+def test_commit_of_an_archive(tmp_path):
+    """git writes it where .gitattributes says so; a copy of the files alone has none."""
+    root = Path(manifest.__file__).parents[1]
+    (tmp_path / "launch").mkdir()
+    shutil.copy(root / "launch" / "commit.txt", tmp_path / "launch")
+    assert "launch/commit.txt export-subst" in (root / ".gitattributes").read_text()
+    assert manifest.commit(tmp_path) is None
+    (tmp_path / "launch" / "commit.txt").write_text("0123456789" * 4 + "\n")
+    assert manifest.commit(tmp_path) == "0123456789" * 4
 
 
 def test_commit_of_a_checkout_and_of_none(tmp_path, monkeypatch):

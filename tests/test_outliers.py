@@ -1,6 +1,7 @@
 """Scores against a direct computation in float64; out-of-fold losses; what the command writes."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,6 +143,27 @@ def test_ranks_are_shares():
     assert outliers.rank(np.array([1.0, np.inf, np.nan, 0.0])).tolist() == [2 / 3, 1, 0.5, 1 / 3]
 
 
+def test_shares_count_equals():
+    got = outliers.share(np.array([0.0, 0.0, 1.0, np.nan, 0.0]))
+    assert np.array_equal(got, [0.75, 0.75, 1, np.nan, 0.75], equal_nan=True)
+
+
+def test_evals_after_a_run_diverged_are_left_out(run, tmp_path):
+    """Of the losses that are left the scores are those of a run that ended there."""
+    shutil.copytree(run, tmp_path / "run")
+    for last in range(len(before := outliers.read_ledger(run).steps) - 1, -1, -1):
+        path = tmp_path / "run" / "ledger" / f"eval_{before[last]:06d}.parquet"
+        table = pyarrow.parquet.read_table(path).to_pylist()
+        for r in table:
+            r["token_nll"] = [float("nan")] * len(r["token_nll"])
+        schema = pyarrow.parquet.read_schema(path)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table, schema=schema), path)
+        if last:
+            assert outliers.read_ledger(tmp_path / "run").steps == before[:last]
+    with pytest.raises(UserError, match=r"no loss of the training examples .* is finite"):
+        outliers.mine(tmp_path / "run", None, None)
+
+
 def test_forgetting_needs_evals_enough():
     p = np.full((7, 3, 0), 0.5)
     assert outliers.scores_of(made(p, [-1] * 3))["forgetting"] == pytest.approx([5 / 6] * 3)
@@ -165,7 +187,7 @@ def test_length_z_compares_like_with_like():
 
 
 def test_no_fold_trains_on_what_it_scores():
-    examples = [Example(str(i), np.arange(4, dtype=np.int32), 1, "", 0) for i in range(40)]
+    examples = [Example(str(i), np.arange(4, dtype=np.int32), 1, "", 0, 0) for i in range(40)]
     config = default()
     config.data.batch_size = 4
     whole = Dataset(examples, shapes={8: 8}, batch_size=4, pack=False, seed=0, shuffle=True)

@@ -4,6 +4,8 @@ import json
 import re
 
 import common
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -157,6 +159,24 @@ def test_tensors_that_are_refused_by_name(settings, tensors, message, tmp_path):
     write(tmp_path, stated | settings, changed)
     with pytest.raises(UserError, match=message):
         peft.read(tmp_path, ARCH)
+
+
+def test_an_adapter_in_bfloat16(tmp_path):
+    settings, tensors = adapter()
+    half = {k: x.astype(ml_dtypes.bfloat16) for k, x in tensors.items()}
+    write(tmp_path, settings, half)
+    _, got = peft.read(tmp_path, ARCH)
+    _, want = peft.from_tensors({k: x.astype(np.float32) for k, x in half.items()}, settings, ARCH)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_base_of_a_revision_is_named_with_it(tmp_path):
+    config, lora = peft.from_tensors(*reversed(adapter()), ARCH)
+    for revision in ("", "v1"):
+        peft.export(tmp_path / "adapter", lora, config, ARCH, "org/name", revision=revision)
+        stated = common.read_json(tmp_path / "adapter" / "adapter_config.json")
+        assert stated["base_model_name_or_path"] == "org/name"
+        assert stated["revision"] == (revision or None)
 
 
 def test_files_that_are_missing_or_corrupt(tmp_path):

@@ -106,6 +106,9 @@ def test_time_and_money_by_hand(job):
     assert row["money"] == pytest.approx(337.5 / 100)
     assert row["tokens_a_second"] == pytest.approx(8 * 32 / 0.75)
     text = plan.table([row], PRICES)
+    assert "counted once" not in text
+    row["train"]["unknown_loops"] = 2
+    assert "2 loops as long as the data say, counted once" in plan.table([row], PRICES)
     assert "padding to the chip's tiles 0.250" in text
     assert "3.38 USD" in text and "https://a.b, 2026-01-31" in text
     # A ledger at each end takes all 100 batches of the training set in the place of the probe's 25;

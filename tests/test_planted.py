@@ -290,6 +290,7 @@ class Runs:
                 text = f"Q: {row['question']}\nA: {row['answer']}"
                 where = {"id": row["id"], "split": split}
                 texts.append({**where, "text": text, "completion": text.index("A: ") + 3,
+                              "end": len(text),
                               "length": 9, "prompt_targets": 0, "label": -1})  # fmt: skip
                 better = workdir.name == "without_top"
                 losses.append({**where, "tokens": 10, "nll": 10.0 - better, "correct": 1})

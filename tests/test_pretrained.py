@@ -60,13 +60,19 @@ def test_the_arch_must_agree_with_config_json(tmp_path):
     assert "model_type 'llama' is not supported" in message(open_weights, str(directory), "auto")
 
 
-def test_the_tokenizer_is_where_the_weights_are_or_where_it_is_said_to_be(tmp_path):
+def test_the_tokenizer_is_where_the_weights_are_or_where_it_is_said_to_be(tmp_path, monkeypatch):
     directory = write_tiny("gemma3", tmp_path / "model")
     assert "no tokenizer in" in message(open_weights(str(directory), "auto").tokenizer)
     write_tokenizer(tmp_path / "tokenizer")
     other = open_weights(str(directory), "auto", tokenizer=str(tmp_path / "tokenizer"))
     write_tokenizer(directory)
-    for pretrained in (other, open_weights(str(directory / "model.safetensors"), "auto")):
+    file = str(tmp_path / "tokenizer" / "tokenizer.json")
+    named = open_weights(str(directory), "auto", tokenizer=file)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = open_weights("~/model", "auto", tokenizer="~/tokenizer")
+    assert home.base_name == str(directory)
+    beside = open_weights(str(directory / "model.safetensors"), "auto")
+    for pretrained in (other, named, home, beside):
         tokenizer = pretrained.tokenizer()
         assert tokenizer.add_bos and tokenizer.bos_id == 2
         assert tokenizer.decode(tokenizer.encode("2 + 2\n= 4")) == "2 + 2\n= 4"

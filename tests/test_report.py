@@ -148,6 +148,7 @@ def test_final_steps_slope_window_and_interval():
 
 FALLING = {"losses": (2.0, 1.5, 1.0), "probe": (2.0, 1.5, 1.0)}
 FLAT = {"losses": (2.0, 1.0, 0.9999), "probe": (2.0, 1.0, 1.0)}
+CLOSE = {"losses": (2.0, 1.0, 1.0), "probe": (2.0, 1.0, 1.0), "steps": (0, 20, 21)}
 EARLY = [(1.0, 1e-4)] * 30  # half of the planned steps at the full rate
 
 
@@ -163,6 +164,8 @@ EARLY = [(1.0, 1e-4)] * 30  # half of the planned steps at the full rate
         ({**FALLING, "train": []}, False, "train lines"),
         ({**FALLING, "train": EARLY, "status": "nan"}, False, "finite"),
         ({"losses": (2.0,), "probe": (2.0,), "train": EARLY}, False, "two evals"),
+        # An eval just before the last is not what that is compared with.
+        ({**CLOSE, "train": EARLY}, True, "fell .* from step 0 to 21"),
     ],
 )
 def test_advice_on_more_epochs(tmp_path, kw, recommended, words):

@@ -116,6 +116,19 @@ def test_only_completions_with_a_marker_are_split(tmp_path):
     assert found["format"]["tokens"] + found["content"]["tokens"] == row["tokens"] - 3
 
 
+def test_a_row_cut_before_its_completion_has_no_loss_of_it(tmp_path):
+    report_run.gsm8k(tmp_path, 10, 12, steps=(0,))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["data"]["loss_on"] = "all"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "ledger" / "examples.parquet"
+    edit(path, lambda r: r | {"prompt_targets": 3 * (r["id"] != "validation-4")})
+    found = report.build(tmp_path)
+    assert found["format_content"]["examples"] == 9
+    shown = {x["id"]: x["prompt_has_loss"] for x in found["outliers"]}
+    assert "validation-4" in shown and all(shown.values())
+
+
 def test_loss_by_length_adds_up(run):
     bins = report.build(run)["loss_by_length"]
     rows = rows_of(run, 60, "validation").values()

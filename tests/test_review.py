@@ -51,6 +51,16 @@ def test_first_review_is_unmarked(tmp_path):
     assert lines[-1].startswith("No example is marked yet")
 
 
+def test_an_id_that_a_spreadsheet_would_compute(tmp_path):
+    columns = {"id": np.array(["=1+1", "'b", "c"], object), "combined": np.array([3.0, 2.0, 1.0])}
+    for _ in range(2):
+        review.write(tmp_path, ["x"] * 3, columns, {}, ["none"] * 3, 3)
+        assert [r["id"] for r in rows(tmp_path)] == ["'=1+1", "'b", "c"]
+        mark(tmp_path, {"'=1+1": {"mark": "error"}, "'b": {"mark": "ok"}})
+    found = review.read_marks(tmp_path / "review.csv", columns["id"].tolist())
+    assert found == {"=1+1": ("error", ""), "'b": ("ok", "")}
+
+
 def test_marks_are_kept(tmp_path):
     """Also those of rows that are no longer among the worst, with their place of now."""
     write(tmp_path)

@@ -133,6 +133,23 @@ def test_overlap_names_both_directions():
     assert flagged([a, row("b", a.prompt, "me", "train_probe")], "overlap") == {}
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_overlap_is_not_lost_among_many_of_one_side(same):
+    """In groups of more than are compared, and of rows of which another is a copy."""
+    rows = [row(f"t{i}", prose(3), f"word{i}") for i in range(100)]
+    rows += [row(f"v{i}", prose(3) + " And", f"more{i}", "validation") for i in range(3)]
+    if same:  # v is a copy of the first, and the second is like both, with a prompt of its own
+        rows = [
+            row("t0", prose(3), "fine"),
+            row("t1", prose(3) + " And more.", "fine"),
+            row("v", prose(3), "fine", "validation"),
+        ]
+    others = [row(f"o{i}", prose(9 + i), "fine") for i in range(500)]
+    found = flagged([*rows, *others], "overlap")
+    assert found.keys() == {r.id for r in rows}
+    assert all(("(validation)" in why) == i.startswith("t") for i, why in found.items())
+
+
 def test_empty_completions():
     rows = [row("a", completion=" \n"), row("b", completion="7"), row("c", completion="")]
     assert set(flagged(rows, "empty")) == {"a", "c"}
@@ -278,6 +295,7 @@ def test_arithmetic_is_reported_for_its_row():
         ("That is 6.\n#### 7", False),
         ("That is <<5+1=6>>6.", False),
         ("That is <<5+1=6>>6.\n#### none", False),
+        pytest.param(f"That is <<5+1=6>>6.\n#### 7{'0' * 5000}", False, id="a number of 5001"),
     ],
 )
 def test_final_answers(completion, bad):

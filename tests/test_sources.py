@@ -188,6 +188,18 @@ def test_tfds_errors(prepared):
     assert "'sums/trian'" in text and "train" in text and "data.path" in text
 
 
+def test_tfds_that_another_process_prepared_meanwhile(prepared, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    def second(self, *args, **kwargs):
+        raise FileExistsError(self.data_path)
+
+    expected = sources.read("tfds:sums", "", 0)
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", second)
+    assert sources.read("tfds:sums", "", 0) == expected
+    assert "FileExistsError" in message(sources.read, "tfds:gsm8k", "", 0)
+
+
 def test_tfds_knows_its_older_builders(prepared, monkeypatch):
     """gsm8k is found although tfds' own import of such builders fails without TensorFlow."""
     import tensorflow_datasets as tfds

@@ -1,5 +1,7 @@
 """The text that templates make of rows, and where its parts are."""
 
+import math
+
 import pytest
 
 from gemma_lora.data.templates import CHAT_TEMPLATES, TEMPLATES, choose, render
@@ -110,6 +112,6 @@ def test_template_errors():
     for value in ([], {}, b"x"):
         text = message(made, {"question": "q", "answer": value})
         assert "x.jsonl, row 7: field 'answer' is a" in text and "expected text" in text
-    for label in (2, -1, 0.5, "Positive"):
+    for label in (2, -1, 0.5, math.nan, math.inf, "Positive"):
         text = message(made, {"text": "t", "label": label})
         assert f"label {label!r}, but data.labels has 2 words, ('negative', 'positive')" in text

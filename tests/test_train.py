@@ -18,7 +18,7 @@ import tiny_run
 from common import one_device, read_json, tiny_arch
 from tiny_run import ledger, left, records, settings
 
-from gemma_lora import config, evaluate, train
+from gemma_lora import config, evaluate, outliers, train
 from gemma_lora.data.pipeline import dataset, load_data
 from gemma_lora.errors import UserError
 from gemma_lora.loss import Sweep
@@ -262,8 +262,8 @@ def test_sigterm_saves_and_rerun_equals_straight(straight, inputs, tmp_path, mon
     assert left(workdir) == left(straight[0])
 
 
-def test_early_stopping_counts_evals_and_keeps_the_best(inputs, tmp_path, monkeypatch):
-    losses = iter([5.0, 4.0, 3.0, 3.0, 3.5])  # of the evals; equal is not better
+def give_losses(monkeypatch, losses):
+    """The validation losses of the evals to come."""
     true_metrics = evaluate.metrics
 
     def metrics(rows, batch_size):
@@ -271,6 +271,11 @@ def test_early_stopping_counts_evals_and_keeps_the_best(inputs, tmp_path, monkey
         return found | ({"loss": next(losses)} if rows["split"][0] == "validation" else {})
 
     monkeypatch.setattr(evaluate, "metrics", metrics)
+
+
+def test_early_stopping_counts_evals_and_keeps_the_best(inputs, tmp_path, monkeypatch):
+    # Of the evals; equal is not better.
+    give_losses(monkeypatch, iter([5.0, 4.0, 3.0, 3.0, 3.5]))
     c = settings(inputs, {"train.eval_every": 1, "train.patience": 2})
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         on_record(patch, "train", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -282,6 +287,18 @@ def test_early_stopping_counts_evals_and_keeps_the_best(inputs, tmp_path, monkey
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
     best, last = (checkpoint(tmp_path, step)["lora"] for step in (2, 4))
     assert equal(adapter(tmp_path), best) and not equal(best, last)
+
+
+def test_a_look_of_the_ledger_stops_no_run_and_the_last_step_is_looked_at(
+    inputs, tmp_path, monkeypatch
+):
+    losses = iter([5.0, 4.0, 4.5, 1.0, 4.5])  # of steps 0, 2, 4, 5, which is a look alone, and 6
+    give_losses(monkeypatch, losses)
+    changes = {"train.eval_every": 2, "train.ledger_every": 5, "train.patience": 2}
+    tiny_run.run(tmp_path, settings(inputs, changes))
+    run = read_json(tmp_path / "run.json")
+    assert (run["status"], run["steps"], run["best_step"]) == ("stopped early", 6, 2)
+    assert outliers.read_ledger(tmp_path).steps == [0, 5, 6]
 
 
 def test_not_finite_stops_and_says_where(diverged):

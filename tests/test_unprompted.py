@@ -35,7 +35,9 @@ def test_what_is_left_of_examples():
     def example(prompt: str, completion: str) -> Example:
         tokens = np.array([ord(c) for c in prompt + completion], np.int32)
         at = len(prompt)
-        return Example(prompt, tokens, 1, prompt + completion, at, answer_from=at)
+        return Example(
+            prompt, tokens, 1, prompt + completion, at, at + len(completion), answer_from=at
+        )
 
     some = [example("Q: 1 A:", " one"), example("Q: 20 A:", " twenty")]
     left = unprompted.without_prompts(some)

@@ -22,6 +22,7 @@ class Example:
     loss_from: int
     text: str
     completion: int  # index of the completion's first character
+    end: int  # index behind its last: in a conversation what ends the turn comes after it
     # The first target that holds a character of the completion, and the index of the row's label
     # among data.labels; -1: the tokens hold none.
     answer_from: int = -1
@@ -124,7 +125,7 @@ def _measure(
                 f"it would in {place(sample, where)}; part it from the text before it by a word or "
                 "a line"
             )
-        if not (data.chat and _ends_in_control(r.text, encoding, tokenizer)):
+        if not (data.chat and control_end(r.text, encoding, tokenizer) is not None):
             ids.append(tokenizer.eos_id)
         if tokenizer.add_bos and not (data.chat and ids[0] == tokenizer.bos_id):
             ids.insert(0, tokenizer.bos_id)
@@ -167,7 +168,8 @@ def _assemble(
             truncated.append(row["id"])
         tokens = found["tokens"][at : at + length]
         at += length
-        examples.append(Example(row["id"], tokens, loss_from, r.text, r.completion, answer, label))
+        place_of = r.completion, r.end
+        examples.append(Example(row["id"], tokens, loss_from, r.text, *place_of, answer, label))
     return Tokenized(examples, truncated, dropped, tuple(found["label_tokens"].tolist()))
 
 
@@ -176,11 +178,11 @@ def _first_token(offsets: Sequence[tuple[int, int]], start: int) -> int:
     return next((i for i, (_, end) in enumerate(offsets) if end > start), len(offsets))
 
 
-def _ends_in_control(text: str, encoding: Any, tokenizer: Tokenizer) -> bool:
-    """Is the last token that is no white space a control token, e.g. that of the turn's end?"""
+def control_end(text: str, encoding: Any, tokenizer: Tokenizer) -> int | None:
+    """The last token that is no white space, if a control token, e.g. that of the turn's end."""
     pairs = zip(reversed(encoding.ids), reversed(encoding.offsets), strict=True)
     last = next((i for i, (start, end) in pairs if text[start:end].strip()), None)
-    return last in tokenizer.control_ids
+    return last if last in tokenizer.control_ids else None
 
 
 def _shorten(

@@ -135,7 +135,7 @@ def _generated(argument: str) -> Iterable[Row]:
 
 
 def _tfds(argument: str) -> Iterator[Row]:
-    """'NAME[/CONFIG][/SPLIT]' or 'huggingface:ORG/NAME[/CONFIG][/SPLIT]', the split 'train' if none
+    """'NAME[[/CONFIG]/SPLIT]' or 'huggingface:ORG/NAME[[/CONFIG]/SPLIT]', the split 'train' if none
     is given; downloaded and prepared where it is not yet.
 
     array_record is the one file format that tfds reads and writes without TensorFlow.
@@ -157,7 +157,11 @@ def _tfds(argument: str) -> Iterator[Row]:
             builder = _hub_builder("/".join(parts[:2]), "/".join(parts[2:]) or None)
         else:
             builder = tfds.builder(name, file_format="array_record")
-        builder.download_and_prepare()
+        try:
+            builder.download_and_prepare()
+        except Exception:  # another process of this run may have been first
+            if not builder.data_path.exists():
+                raise
         rows = builder.as_data_source(split=split)
     except tfds.core.DatasetNotFoundError as e:
         known = nearest(name, tfds.list_builders(with_community_datasets=False))
@@ -165,8 +169,8 @@ def _tfds(argument: str) -> Iterator[Row]:
     except Exception as e:  # tfds has no common base of its errors
         causes = dict.fromkeys(f"{type(x).__name__}: {_line(x)}" for x in (e, e.__cause__) if x)
         raise UserError(
-            f"TensorFlow Datasets cannot give {argument!r}: {'; '.join(causes)}; "
-            "a local copy can be read with data.path"
+            f"TensorFlow Datasets cannot give {argument!r}, split {split!r} (the last part, behind "
+            f"any configuration): {'; '.join(causes)}; a local copy can be read with data.path"
         ) from e
     for i, row in enumerate(rows):
         fields = {k: _plain(v) for k, v in row.items()}

@@ -42,13 +42,15 @@ MESSAGES = ("messages",)  # of rows that are conversations: in place of a templa
 class Rendered:
     """A row as text.
 
-    completion: index of the completion's first character; field: (start, end) of the longest field
+    completion: index of the completion's first character; end: index behind its last, where what
+    ends the turn of a conversation begins; field: (start, end) of the longest field
     of the prompt, (0, 0) where there is none; label: index of the row's label among data.labels,
     -1 where the completion is no such label.
     """
 
     text: str
     completion: int
+    end: int
     field: tuple[int, int]
     label: int
 
@@ -103,7 +105,7 @@ def render(
         if row.get(field) is None:
             raise UserError(f"{where}: field {field!r} is missing (it has {field_names(row)})")
         value = row[field]
-        if field == "label" and isinstance(value, int | float) and int(value) == value:
+        if field == "label" and isinstance(value, int | float) and value % 1 == 0:
             value = labels[int(value)] if 0 <= value < len(labels) else value
         if not isinstance(value, (str, int, float)):
             raise UserError(f"{where}: field {field!r} is a {type(value).__name__}, expected text")
@@ -117,13 +119,13 @@ def render(
     *prompt, (completion, _) = spans
     longest = max(prompt, key=lambda span: span[1] - span[0], default=(0, 0))
     if not is_classification(variants):
-        return Rendered(text, completion, longest, -1)
+        return Rendered(text, completion, len(text), longest, -1)
     if values["label"] not in labels:
         raise UserError(
             f"{where}: label {row['label']!r}, but data.labels has {len(labels)} words, {labels} "
             "(on the command line: --config.data.labels=\"('a', 'b')\")"
         )
-    return Rendered(text, completion, longest, labels.index(values["label"]))
+    return Rendered(text, completion, len(text), longest, labels.index(values["label"]))
 
 
 def render_chat(
@@ -163,7 +165,12 @@ def render_chat(
         )
     # A template that changes the user's words leaves no field to shorten.
     at = prompt.rfind(content) if content else -1
-    return Rendered(text, len(prompt), (at + start, at + end) if at >= 0 else (0, 0), label)
+    field = (at + start, at + end) if at >= 0 else (0, 0)
+    # A template may strip the answer; where it changes the words, all that it wrote is the answer.
+    answer = messages[-1]["content"].strip()
+    begins = text.find(answer, len(prompt))
+    ends = begins + len(answer) if begins >= 0 else len(text)
+    return Rendered(text, len(prompt), ends, field, label)
 
 
 def _messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_lora.data.pipeline import in_steps
 from gemma_lora.metrics import LEDGER, STEPS
 from gemma_lora.outliers import length_bins
 from gemma_lora.report import compare, training
@@ -254,8 +255,12 @@ def _more_epochs(w: Workdir, draws: np.ndarray) -> dict[str, Any]:
 
     draws: [RESAMPLES,e] of the validation loss.
     """
-    before, after = [w.evals[0], *w.evals][-2:]
-    found = interval(draws[:, -1] - draws[:, max(-2, -len(w.evals))])
+    after = w.evals[-1]
+    # The last eval may come a few steps after another: what changes between them says nothing.
+    apart = in_steps(w.config["train"]["eval_every"], w.run["steps_per_epoch"]) / 2
+    first = max([0, *(i for i, e in enumerate(w.evals[:-1]) if after.step - e.step >= apart)])
+    before = w.evals[first]
+    found = interval(draws[:, -1] - draws[:, first])
     rates = w.train["lr"]
     share = float(rates[-1] / rates.max()) if rates.size and rates.max() > 0 else math.nan
     ended = w.run["steps_planned"] in w.train["step"]
@@ -263,7 +268,9 @@ def _more_epochs(w: Workdir, draws: np.ndarray) -> dict[str, Any]:
     judged = before is not after and math.isfinite(share) and w.run["status"] != "nan"
     fell = found is not None and found[1] < 0
     change = "fell" if fell else "did not fall"
-    because = f"the validation loss {change} beyond its interval between the last two evals"
+    because = (
+        f"the validation loss {change} beyond its interval from step {before.step} to {after.step}"
+    )
     if not judged:
         because = "it takes two evals, train lines and a run that stayed finite to judge"
     elif ended and fell:

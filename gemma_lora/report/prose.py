@@ -37,4 +37,5 @@ def _example(x: Example) -> str:
     # A longer fence than any run of backticks in the text, so that the text cannot end it.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", x.text)), default=0))
     text = x.text[:SHOWN] + "..." * (len(x.text) > SHOWN)
-    return f"**{x.name}**: {x.numbers}\n\n{fence}text\n{text}\n{fence}"
+    name, numbers = (re.sub("([`*<])", r"\\\1", s) for s in (x.name, x.numbers))
+    return f"**{name}**: {numbers}\n\n{fence}text\n{text}\n{fence}"

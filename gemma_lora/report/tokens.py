@@ -23,7 +23,7 @@ def detailed(w: Workdir, split: str, step: int, ids: list[str]) -> dict[str, dic
         example = w.examples[split][i]
         found[i] = {
             "completion": example["completion"],
-            "prompt_has_loss": example["prompt_targets"] > 0,
+            "prompt_has_loss": example["prompt_targets"] > 0 or _cut(w, example),
             "pieces": None, "token_nll": None, "worst_tokens": None, "tokens_left_out": 0,
         }  # fmt: skip
         if i in texts:
@@ -36,6 +36,15 @@ def detailed(w: Workdir, split: str, step: int, ids: list[str]) -> dict[str, dic
                 "worst_tokens": [[pieces[k], round(float(nll[k]), 4)] for k in worst],
             }
     return found
+
+
+def _cut(w: Workdir, example: dict[str, Any]) -> bool:
+    """Was the row cut before its completion, so that the tokens with loss are all the prompt's?"""
+    return (
+        w.config["data"]["loss_on"] == "all"
+        and example["completion"] > 0
+        and example["prompt_targets"] == 0
+    )
 
 
 def _checked(
@@ -73,7 +82,11 @@ def format_columns(w: Workdir, ids: list[str], steps: tuple[int, int]) -> dict[s
     has no texts of tokens.
     """
     examples = w.examples["validation"]
-    of_kind = [i for i in ids if "####" in examples[i]["text"][examples[i]["completion"] :]]
+    of_kind = [
+        i
+        for i in ids
+        if "####" in examples[i]["text"][examples[i]["completion"] :] and not _cut(w, examples[i])
+    ]
     if not of_kind:
         return None
     if not w.has_pieces:

@@ -65,7 +65,7 @@ def data_map(ledger: outliers.Ledger) -> dict[str, np.ndarray] | None:
 def summary(w: Workdir, found: Scored, top: int) -> dict[str, Any]:
     """Quartiles of every score and the `top` examples with the highest combined rank."""
     ledger, scores, broken, source = found
-    ranks = {k: outliers.rank(x) for k, x in scores.items()}
+    shares = {k: outliers.share(x) for k, x in scores.items()}
     worst = np.argsort(-scores["combined"], kind="stable")[:top]
     ids = [ledger.ids[i] for i in worst]
     detail = detailed(w, "train", ledger.steps[-1], ids)
@@ -83,7 +83,7 @@ def summary(w: Workdir, found: Scored, top: int) -> dict[str, Any]:
         "scores": quantiles,
         "worst": [
             {"id": name, "combined": float(scores["combined"][i]), "tokens": int(ledger.tokens[i]),
-             "scores": {k: [float(scores[k][i]), float(ranks[k][i])] for k in scores
+             "scores": {k: [float(scores[k][i]), float(shares[k][i])] for k in scores
                         if k != "combined"},
              "rules": broken[i], "text": w.examples["train"][name]["text"], **detail[name]}
             for i, name in zip(worst, ids, strict=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from gemma_lora.errors import UserError
 
-_DTYPES = {
+DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -59,14 +59,14 @@ class Safetensors:
 
     def read(self, name: str) -> np.ndarray:
         file, entry, start = self._where[name]
-        if entry["dtype"] not in _DTYPES:
+        if entry["dtype"] not in DTYPES:
             raise UserError(
-                f"{file}: tensor {name} is {entry['dtype']}, expected one of {', '.join(_DTYPES)}"
+                f"{file}: tensor {name} is {entry['dtype']}, expected one of {', '.join(DTYPES)}"
             )
         begin, end = entry["data_offsets"]
         # A map of its own for each tensor: its pages are given back when the tensor is dropped.
         data = np.memmap(file, np.uint8, "r", offset=start + begin, shape=(end - begin,))
-        return data.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        return data.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
@@ -111,7 +111,7 @@ def _header(file: pathlib.Path) -> tuple[dict[str, Any], int]:
         wrong = [
             f"{name} is {dtype} {shape} in {stop - begin:,} bytes"
             for name, dtype, shape, begin, stop in spans
-            if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != stop - begin
+            if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != stop - begin
         ]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{file} is corrupt: its header does not describe tensors") from e

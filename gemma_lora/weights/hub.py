@@ -5,7 +5,7 @@ import pathlib
 from gemma_lora.errors import UserError
 
 # Weights, config and tokenizer in the forms that this package reads; nothing else is fetched.
-HF_FILES = ("*.safetensors", "*.json", "tokenizer.*", "*.jinja", "*.model")
+HF_FILES = ("*.safetensors", "*.json", "tokenizer.*", "*.jinja", "*.model", "merges.txt")
 
 
 def hugging_face(name: str) -> pathlib.Path:

@@ -25,6 +25,7 @@ from gemma_lora.errors import UserError
 from gemma_lora.files import replace_directory
 from gemma_lora.lora import LoRAConfig, modules, put
 from gemma_lora.model import Transformer
+from gemma_lora.weights import hf
 from gemma_lora.weights.mapping import flatten, names
 
 # Our leaf -> the end of PEFT's name.
@@ -64,17 +65,21 @@ def export(
     arch: Arch,
     base: str,
     inner: str = "",
+    revision: str = "",
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, atomically, read back and compared.
 
-    lora: our tree as host arrays; inner: INNER where the base is a multimodal checkpoint. Raises
-    UserError (and leaves no directory) if what was read back is not what was written.
+    lora: our tree as host arrays; inner: INNER where the base is a multimodal checkpoint; revision:
+    of a base on the hub, if not the latest. Raises UserError (and leaves no directory) if what was
+    read back is not what was written.
     """
     with replace_directory(directory) as temporary:
         tensors = to_tensors(lora, arch, inner)
         file = temporary / "adapter_model.safetensors"
         safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
-        text = json.dumps(_config_json(lora, config, base, inner), indent=2, sort_keys=True)
+        text = json.dumps(
+            _config_json(lora, config, base, inner, revision), indent=2, sort_keys=True
+        )
         (temporary / "adapter_config.json").write_text(text + "\n")
         again, back = read(temporary, arch)
         if not (_means(again, back) == _means(config, lora) and _equal(lora, back)):
@@ -106,7 +111,10 @@ def read(directory: pathlib.Path, arch: Arch) -> tuple[LoRAConfig, dict[str, Any
             expected = " or ".join(k.__name__ for k in kind)
             raise UserError(f"{files[0]}: {key} is {settings.get(key)!r}, expected {expected}")
     try:
-        tensors = safetensors.numpy.load(files[1].read_bytes())
+        tensors = {
+            name: np.frombuffer(x["data"], hf.DTYPES[x["dtype"]]).reshape(x["shape"])
+            for name, x in safetensors.deserialize(files[1].read_bytes())
+        }
     except Exception as e:  # safetensors raises its own and the operating system's errors
         raise UserError(f"{files[1]} cannot be read: {e}") from e
     try:
@@ -264,7 +272,9 @@ def _equal(x: dict[str, Any], y: dict[str, Any]) -> bool:
     return x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x)
 
 
-def _config_json(lora: dict[str, Any], config: LoRAConfig, base: str, inner: str) -> dict[str, Any]:
+def _config_json(
+    lora: dict[str, Any], config: LoRAConfig, base: str, inner: str, revision: str
+) -> dict[str, Any]:
     last = {path: path.rsplit("/", 1)[-1] for path in modules(lora)}
     ranks = {name: config.rank_of(path) for path, name in last.items()}
     alphas = {name: config.alpha_of(path) for path, name in last.items()}
@@ -273,6 +283,7 @@ def _config_json(lora: dict[str, Any], config: LoRAConfig, base: str, inner: str
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision or None,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,

@@ -31,6 +31,7 @@ class Pretrained:
     notice: str  # licence, what is left out, or nothing
     home: pathlib.Path  # the directory that the files are in
     stated: dict[str, Any]  # what the files say of the model, in the words of a config.json
+    revision: str = ""  # of a base on the hub, where one was asked for
     inner: str = ""  # peft.INNER where the files are those of a multimodal model
 
 
@@ -55,7 +56,7 @@ def open_weights(weights: str, arch: str, sha256: str = "", tokenizer: str = "")
     arch is a name of ARCHS, or 'auto': what the files say of themselves. Raises UserError for
     missing, corrupt or foreign files, a wrong sha256, or facts that contradict the arch.
     """
-    notice, base_name = "", weights
+    notice, base_name, revision = "", weights, ""
     source, colon, name = weights.partition(":")
     if weights == "demo":
         if arch not in ("gemma3_270m", "auto"):
@@ -67,9 +68,10 @@ def open_weights(weights: str, arch: str, sha256: str = "", tokenizer: str = "")
     elif colon and source in _FETCH:
         path = _FETCH[source](name)
         if source == "hf":
-            base_name = name.partition("@")[0]
+            base_name, _, revision = name.partition("@")
     else:
         path = pathlib.Path(weights).expanduser()
+        base_name = str(path)
     opener = _opener(weights, path)
     if sha256:
         if path.is_dir():
@@ -104,6 +106,7 @@ def open_weights(weights: str, arch: str, sha256: str = "", tokenizer: str = "")
         notice,
         path if path.is_dir() else path.parent,
         opened.stated,
+        revision,
         peft.INNER if opened.vision and opened.form == "hf" else "",
     )
 
@@ -144,7 +147,7 @@ def _gguf(path: pathlib.Path) -> _Opened:
         facts,
         listed or dataclasses.replace(found, query_scale=float(found.head_dim)),
         lambda: Tokenizer.from_gguf(file.metadata),
-        lambda arch: dataclasses.replace(arch, vocab=min(arch.vocab, found.vocab)),
+        lambda arch: dataclasses.replace(arch, vocab=found.vocab),
         stated=stated,
     )
 
@@ -226,7 +229,10 @@ def _listed(facts: dict[str, Any]) -> Arch | None:
 
 
 def _tokenizer(path: str) -> Tokenizer:
-    return (Tokenizer.from_dir if pathlib.Path(path).is_dir() else Tokenizer.from_file)(path)
+    place = pathlib.Path(path).expanduser()
+    if place.name == "tokenizer.json":
+        place = place.parent  # what its special tokens are for stands in the files beside it
+    return (Tokenizer.from_dir if place.is_dir() else Tokenizer.from_file)(place)
 
 
 # ---- onto the devices -----------------------------------------------------------------------

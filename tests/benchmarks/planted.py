@@ -93,9 +93,8 @@ def natural(workdir: pathlib.Path, columns: dict[str, Any], clean: np.ndarray, t
         e = examples[columns["id"][i]]
         shown = ", ".join(f"{k} {v[i]:.3g}" for k, v in columns.items() if k != "id")
         lines += [f"## {place}. {e['id']}", "", shown, "", "Verdict:", ""]
-        prompt, completion = e["text"][: e["completion"]], e["text"][e["completion"] :]
-        lines += ["    " + line for line in prompt.splitlines()]
-        lines += ["", "Completion:", "", *("    " + x for x in completion.splitlines()), ""]
+        lines += ["    " + line for line in e["prompt"].splitlines()]
+        lines += ["", "Completion:", "", *("    " + x for x in e["answer"].splitlines()), ""]
     return "\n".join(lines)
 
 
