@@ -17,27 +17,43 @@ from gemma_lora.errors import UserError
 
 Message = dict[str, Any]  # 'role' and 'content', and what else a template may read
 
-# The published templates of models whose files have none: a token of the vocabulary -> template.
+_GEMMA = (
+    "{{ bos_token }}{% set prefix = '' %}{% if messages[0]['role'] == 'system' %}"
+    "SYSTEM"
+    "{% endif %}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception("
+    "'Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}"
+    "{{ '<start_of_turn>' + role + '\n' + (prefix if loop.first else '') }}"
+    "{{ message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+_QWEN = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nSYSTEM<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# What the published templates of models whose files have none write for conversations in text: a
+# token of the vocabulary -> template. The first that is there counts: the later model's words hold
+# those of the earlier one.
 BUILT_IN: dict[str, str] = {
+    # Gemma 3, instruction-tuned.
+    "<start_of_image>": _GEMMA.replace(
+        "SYSTEM",
+        "{% set prefix = messages[0]['content'] + '\n\n' %}{% set messages = messages[1:] %}",
+    ),
     # Gemma 1 and 2, instruction-tuned.
-    "<start_of_turn>": (
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-        "{{ raise_exception('System role not supported') }}{% endif %}"
-        "{% for message in messages %}"
-        "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception("
-        "'Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-        "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
-        "{% else %}{% set role = message['role'] %}{% endif %}"
-        "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    "<start_of_turn>": _GEMMA.replace(
+        "SYSTEM", "{{ raise_exception('System role not supported') }}"
+    ),
+    # Qwen2.5-Instruct.
+    "<tool_call>": _QWEN.replace(
+        "SYSTEM", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     ),
     # Qwen2-Instruct.
-    "<|im_start|>": (
-        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
+    "<|im_start|>": _QWEN.replace("SYSTEM", "You are a helpful assistant."),
 }
 
 

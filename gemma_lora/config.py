@@ -79,7 +79,8 @@ def default() -> ConfigDict:
     c.train.micro_batches = 1  # parts in which a batch goes through the model
     c.train.eval_every = 0.25  # below 1: a fraction of an epoch; else steps
     # Evals that also take every training example, from which outliers are mined: a fraction of an
-    # epoch or steps, as eval_every, and then step 0 and the last step, too; 0: none.
+    # epoch or steps, as eval_every, and then step 0 and the last step, too; 0: none. Those between
+    # the evals of eval_every change neither the best step nor when a run stops.
     c.train.ledger_every = 0.0
     c.train.eval_examples = 0  # at most so many validation and train-probe examples; 0: all
     c.train.patience = 5  # evals without a better validation loss before stopping; 0: never

@@ -1,5 +1,6 @@
 """Conversations: rendered as transformers renders them, tokenised with their mask; label rows."""
 
+import dataclasses
 import json
 import types
 import zlib
@@ -168,6 +169,34 @@ def test_the_built_in_templates_are_the_published_ones(folders, kind, template):
     end = {"gemma": "<end_of_turn>", "qwen2": "<|im_end|>"}[kind]
     assert saved.encode(end)[0] in saved.control_ids
     assert not set(saved.encode("The cat\n</iframe>")) & saved.control_ids
+
+
+@pytest.mark.parametrize(
+    ("kind", "token", "template"),
+    [
+        ("gemma", "<start_of_image>", GEMMA3),
+        (
+            "qwen2",
+            "<tool_call>",
+            QWEN2.replace("You are a", "You are Qwen, created by Alibaba Cloud. You are a"),
+        ),
+    ],
+)
+def test_words_of_the_later_model_choose_its_template(folders, tmp_path, kind, token, template):
+    found = Tokenizer.from_dir(folders / kind)
+    found.backend.add_special_tokens([token])
+    dataclasses.replace(found, chat_template=None).save(tmp_path)
+    tokenizer = Tokenizer.from_dir(tmp_path)
+    for messages in conversations(True):
+        for prompt in (False, True):
+            wanted = chat.render(
+                template,
+                messages,
+                add_generation_prompt=prompt,
+                bos_token="<bos>",
+                eos_token="unused",
+            )
+            assert tokenizer.render_chat(messages, add_generation_prompt=prompt) == wanted
 
 
 def test_a_template_runs_in_a_sandbox():
