@@ -1,4 +1,4 @@
-"""Gemma 3 270M on GSM8K: the recipe of the source reports on the smallest real model."""
+"""Gemma 3 270M on GSM8K: the shared recipe on the smallest real model."""
 
 from gemma_lora.config import default
 

@@ -152,7 +152,8 @@ def _drop(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B) + second
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     h = h ^ (h >> 16)
-    return jnp.where(h >= jnp.uint32(rate * 2**32), x * (1 / (1 - rate)), 0)
+    # In float32: 1 / 0.9 rounded to bfloat16 would move the mean.
+    return jnp.where(h >= jnp.uint32(rate * 2**32), x.astype(jnp.float32) * (1 / (1 - rate)), 0)
 
 
 def _uniform(fan_in: int):

@@ -1,7 +1,8 @@
 """Attention: what a position sees, the reference, and the implementations a platform may take.
 
-Letters as in layers.py. All take q [B,T,N,H] (already scaled), k and v [B,T,K,H] in float32 and
-segments [B,T], and give softmax(softcap(q k^T)) v over grouped heads, [B,T,N,H] float32.
+Letters as in layers.py. All take q [B,T,N,H] (already scaled) and k [B,T,K,H] in float32, v
+[B,T,K,H] and segments [B,T], and give softmax(softcap(q k^T)) v over grouped heads, [B,T,N,H] in
+float32.
 """
 
 import functools
@@ -42,7 +43,7 @@ def choose(
         "splash": f"it is a TPU kernel, and this is {platform}" if platform != "tpu" else half,
         "cudnn": f"it is a GPU kernel, and this is {platform}"
         if platform != "gpu"
-        else half or _against_cudnn(arch, length, device),
+        else half or _against_cudnn(arch, length, device, mesh),
     }
     if name != "auto":
         if against[name]:
@@ -54,7 +55,7 @@ def choose(
     return ("reference", f"not {best}: {against[best]}") if against[best] else (best, "")
 
 
-def _against_cudnn(arch: Arch, length: int, device: jax.Device) -> str:
+def _against_cudnn(arch: Arch, length: int, device: jax.Device, mesh: Mesh | None) -> str:
     """The limits of jax.nn.dot_product_attention(implementation='cudnn')."""
     capability = str(device.compute_capability)
     if not capability[:1].isdigit():
@@ -64,6 +65,9 @@ def _against_cudnn(arch: Arch, length: int, device: jax.Device) -> str:
         return "it has no soft-cap"
     if arch.head_dim > most or arch.head_dim % 8:
         return f"its head dim is at most {most} and a multiple of 8, and this is {arch.head_dim}"
+    tensor = mesh.shape["tensor"] if mesh else 1
+    if arch.kv_heads % tensor:
+        return f"mesh tensor={tensor} does not divide the {arch.kv_heads} key heads"
     # One position, as the model's init has it, takes no backward.
     return f"its rows are of even length, and this is {length}" if length % 2 and length > 1 else ""
 

@@ -14,7 +14,7 @@ from gemma_lora.errors import UserError, nearest
 
 
 def default() -> ConfigDict:
-    """The recipe of the source reports, for Gemma 3 270M. A config file changes what differs."""
+    """What all recipes share, for Gemma 3 270M. A config file changes what differs."""
     c = ConfigDict()
     c.arch = "gemma3_270m"  # a name of arch.ARCHS, or 'auto': what the weights say
     # 'demo', hf:ORG/NAME, kaggle:OWNER/MODEL/flax/VARIATION, keras:PRESET, a .gguf or .safetensors
@@ -37,7 +37,7 @@ def default() -> ConfigDict:
     c.head.floor = 0.0
 
     c.data = ConfigDict()
-    c.data.source = "generated:600"  # tfds:NAME[/SPLIT] or generated:COUNT
+    c.data.source = "generated:600"  # tfds:NAME[[/CONFIG]/SPLIT] or generated:COUNT
     c.data.path = ""  # a .jsonl, .json or .parquet file, instead of source
     c.data.validation_path = ""  # a file to validate on, instead of a split
     c.data.validation_fraction = 0.1  # of the examples, chosen by a hash of seed and id
@@ -47,7 +47,7 @@ def default() -> ConfigDict:
     c.data.loss_on = "all"  # 'all' tokens or the 'completion' (the template's last field)
     c.data.seq_len = 256  # tokens of a row, T
     c.data.batch_size = 8  # rows of one optimizer step, over all devices and micro-batches, B
-    c.data.limit = 0  # only the first rows of source or path; 0: all
+    c.data.limit = 0  # only the first rows of the source or of each file; 0: all
     c.data.pack = False  # several examples a row
     # Row lengths below seq_len, (128, 192): a batch gets the shortest that holds its rows. Each
     # length is compiled once; not with pack, whose rows are full.

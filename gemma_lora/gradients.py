@@ -28,6 +28,7 @@ import pyarrow
 import pyarrow.parquet
 from ml_collections import ConfigDict
 
+from gemma_lora.attention import choose
 from gemma_lora.compiled import keep_compiled
 from gemma_lora.data.dataset import Dataset, shapes
 from gemma_lora.data.pipeline import dataset
@@ -111,8 +112,13 @@ def gradients(
     data = alone(opened.train_set, config)
     n = len(data.examples)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    model = opened.model
+    # JAX's rule for a batch of cuDNN's calls takes no mask that is the same for all heads.
+    length = config.data.seq_len
+    if choose(config.attention, model.arch, model.dtype, length, mesh)[0] == "cudnn":
+        model = model.clone(attention="reference")
     # One row a device at a time. The floor of the run's sweep would make gradients inexact.
-    step = make_gradient_step(opened.model, Sweep(config.head.chunk), m, config.seed, ways)
+    step = make_gradient_step(model, Sweep(config.head.chunk), m, config.seed, ways)
     step = jax.jit(step, out_shardings=(batch_sharding(mesh, 1), batch_sharding(mesh)))
     norm, projected = np.zeros(n), np.zeros((n, m), np.float32)
     tenth = -(-data.steps_per_epoch // 10)

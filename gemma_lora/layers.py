@@ -203,7 +203,7 @@ class Projections(nn.Module):
         return RMSNorm(axis, size, self.arch.eps, self.arch.norm_plus_one, name=name)
 
 
-# (q [B,T,N,H], k, v [B,T,K,H], float32) -> [B,T,N,H] float32: attention.attention of one layer.
+# (q [B,T,N,H], k, v [B,T,K,H]) -> [B,T,N,H] float32: attention.attention of one layer.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 

@@ -25,9 +25,9 @@ from gemma_lora.evaluate import column_names, completion_part, read_table, write
 from gemma_lora.files import path_argument, write_text
 from gemma_lora.workdir import read_config
 
-# Every score is larger where an example is more suspicious. All but base_loss and length_z, which
-# need one eval, take the evals after step 0. All are of the completion alone, losses in nats a
-# token, but correctness and forgetting: of all tokens that carry loss, with the prompt's or not.
+# Every score is larger where an example is more suspicious. Means over evals are over those after
+# step 0; what is of one eval says which. All are of the completion alone, losses in nats a token,
+# but correctness and forgetting: of all tokens that carry loss, with the prompt's or not.
 SCORES = {
     "base_loss": "loss under the base model",
     "loss": "loss at the last eval",

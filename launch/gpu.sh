@@ -37,13 +37,13 @@ train=(.venv/bin/python -m gemma_lora.train)
 
 install() {
   if [ -z "$hosts" ]; then
-    call bash launch/setup.sh .venv gpu
+    call bash launch/setup.sh .venv gpu,gs
     return
   fi
   pack
   for one in "${host[@]}"; do
     call scp "$archive" "$one:gemma_lora.tar.gz"
-    call ssh "$one" "$(unpacked "$dir" gpu)"
+    call ssh "$one" "$(unpacked "$dir" gpu,gs)"
   done
 }
 

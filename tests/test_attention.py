@@ -174,14 +174,16 @@ def test_splash_compiles_for_a_tpu(name, topology, monkeypatch):
     assert "640,640]" not in text and "600,600]" not in text
 
 
-def devices_of(platform, **kwargs):
-    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform, **kwargs)]))
+def devices_of(platform, tensor=1, **kwargs):
+    device = SimpleNamespace(platform=platform, **kwargs)
+    return SimpleNamespace(devices=np.array([device]), shape={"tensor": tensor})
 
 
 def test_the_implementation_is_chosen_by_platform():
     gemma, capped = get_arch("gemma_2b"), get_arch("gemma2_2b")
     tpu, cpu = devices_of("tpu"), devices_of("cpu")
     hopper, ampere = (devices_of("gpu", compute_capability=c) for c in ("9.0", "8.0"))
+    two = devices_of("gpu", tensor=2, compute_capability="9.0")
     half, single = jnp.bfloat16, jnp.float32
     assert choose("auto", gemma, half, 256, tpu) == ("splash", "")
     assert choose("auto", gemma, half, 256, hopper) == ("cudnn", "")
@@ -193,6 +195,7 @@ def test_the_implementation_is_chosen_by_platform():
         (capped, half, 256, hopper, "not cudnn: .* soft-cap"),
         (gemma, half, 256, ampere, "not cudnn: .* at most 128 .* 256"),
         (gemma, half, 255, hopper, "not cudnn: .* even"),
+        (gemma, half, 256, two, "not cudnn: .* tensor=2 does not divide the 1 key heads"),
     ):
         how, said = choose("auto", arch, dtype, length, where)
         assert how == "reference"

@@ -1,5 +1,6 @@
 """Gradients of examples against jax.grad of each alone; the projection; what is written."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -201,7 +202,20 @@ def test_what_the_command_writes(run):
     part = page.partition(". copy: ")[2].partition("\n## ")[0]
     texts = {e["id"]: e["text"] for e in outliers.read_examples(run, "train")}
     assert f"- 1+2, cosine 1.000: `{' '.join(texts['1+2'].split())}`" in part
-    assert part.count("cosine") == 5 and "under the adapters of step 8." in page
+    assert part.count("cosine") == 5
+    assert "The adapters of step 8 made `grad_norm` and `grad_misfit`." in page
+
+
+def test_of_a_batch_attention_is_not_cudnns(run, monkeypatch):
+    """JAX batches no mask that is the same for all heads there."""
+    opened = gradients.reopen(run)
+    base = gradients.load_base(opened.pretrained, opened.model, opened.mesh)
+    _, lora, base = gradients.restored(opened, run, "best", base)
+    expected = gradients.gradients(opened, lora, base, M)
+    monkeypatch.setattr(gradients, "choose", lambda *args: ("cudnn", ""))
+    opened = dataclasses.replace(opened, model=opened.model.clone(attention="cudnn"))
+    found = gradients.gradients(opened, lora, base, M)
+    assert np.array_equal(found[1], expected[1])
 
 
 def test_steps(run):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gemma_lora.adapters import LoRA
+from gemma_lora.adapters import LoRA, _drop
 from gemma_lora.arch import ARCHS
 from gemma_lora.errors import UserError
 from gemma_lora.layers import Einsum
@@ -125,6 +125,12 @@ class _Spy(LoRA):
         if name == "dropout":
             self.sow("lora", "key", jax.random.key_data(key), reduce_fn=lambda _, new: new)
         return key
+
+
+def test_dropout_of_bfloat16_keeps_the_mean():
+    """1 / 0.9 is not 1.109375."""
+    found = np.asarray(_drop(jax.random.key(0), jnp.ones((64, 64), jnp.bfloat16), 0.1))
+    assert set(np.unique(found)) == {0, np.float32(1 / 0.9)}
 
 
 def test_dropout_masks_are_independent():

@@ -100,6 +100,32 @@ def test_floor_is_within_its_bound_and_leaves_values_alone(softcap):
     assert np.all(error <= bound + 1e-5)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_bfloat16_operands_are_summed_in_float32(softcap):
+    """Against float64 of the same rounded numbers; logits in bfloat16 would be off by 0.1."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(3 * rng.standard_normal((2, 7, 64)), jnp.bfloat16)
+    table = jnp.asarray(rng.standard_normal((300, 64)), jnp.bfloat16)
+    targets = rng.integers(0, 300, (2, 7))
+    h, w = (np.asarray(x, np.float64) for x in (hidden, table))
+    raw = h @ w.T
+    z = softcap * np.tanh(raw / softcap) if softcap else raw
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    nll = -np.log(np.take_along_axis(p, targets[..., None], -1)[..., 0])
+    slope = p - np.eye(300)[targets]
+    slope *= 1 - np.square(z / softcap) if softcap else 1
+
+    def total(hidden):
+        got = token_stats(hidden, jnp.asarray(targets), table, softcap, Sweep(64)).nll
+        return got.sum(), got
+
+    (_, got), grad = jax.value_and_grad(total, has_aux=True)(hidden)
+    assert got.dtype == jnp.float32 and np.allclose(got, nll, atol=1e-3)
+    grad = np.asarray(grad, np.float64)
+    assert np.linalg.norm(grad - slope @ w) < 1e-2 * np.linalg.norm(slope @ w)
+
+
 def test_only_nll_has_a_gradient():
     hidden, head = jnp.ones((1, 2, 4)), jnp.eye(8, 4)
     targets = jnp.zeros((1, 2), jnp.int32)

@@ -6,6 +6,7 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
@@ -16,7 +17,7 @@ from gemma_lora.evaluate import ledger_rows
 from gemma_lora.lora import LoRAConfig
 from gemma_lora.loss import Sweep
 from gemma_lora.optim import optimizer, schedule
-from gemma_lora.step import State, make_eval_step, make_train_step
+from gemma_lora.step import State, forward, make_eval_step, make_train_step
 from gemma_lora.weights.mapping import flatten
 
 NAME = "gemma3"
@@ -27,6 +28,7 @@ def one_run(micro_batches=1, dropout=0.0, name="qwen2", **kwargs):
     """(first state, last state, base, compilations) of two steps on random batches."""
     model, params = common.tiny_model(name, LoRAConfig(4, 8.0, dropout), **kwargs)
     optim = default().optim
+    optim.clip = 0.0  # or a factor of all gradients would go unseen
     tx = optimizer(optim, 10)
     lora = common.adapter(name)
     state = State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
@@ -105,6 +107,48 @@ def test_bfloat16_stays_near_float32():
     assert 1e-4 < error < 0.1
 
 
+def test_gradients_in_bfloat16_stay_near_those_in_float32():
+    """Of float32 adapters, in float32."""
+    lora, found = common.adapter(NAME), {}
+    batch = common.batch_of(tiny.tokens(), tiny.loss_mask(tiny.tokens().shape))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        kind = {"dtype": dtype, "param_dtype": dtype}
+        model, params = common.tiny_model(NAME, LoRAConfig(4, 8.0, 0.0), **kind)
+        params = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype) if x.ndim > 2 else x, params)
+
+        def loss(lora, model=model, params=params):
+            stats = forward(model, Sweep(64), params, lora, batch, None)
+            return jnp.sum(stats.nll * batch["loss_mask"]) / batch["loss_mask"].sum()
+
+        found[dtype] = flatten(jax.jit(jax.grad(loss))(lora))
+    for path, exact in found[jnp.float32].items():
+        got = found[jnp.bfloat16][path]
+        assert got.dtype == jnp.float32
+        assert 1e-4 < np.linalg.norm(got - exact) / np.linalg.norm(exact) < 0.05, path
+
+
+def test_dropout_differs_between_steps_and_micro_batches():
+    model, params = common.tiny_model(NAME, LoRAConfig(4, 8.0, 0.5))
+    tx, lora = optimizer(default().optim, 10), common.adapter(NAME)
+    tokens = np.repeat(tiny.tokens(rows=1), 2, axis=0)
+    batch = common.batch_of(tokens, tiny.loss_mask(tokens.shape)[:1].repeat(2, axis=0))
+    step = jax.jit(make_train_step(model, tx, 2, Sweep(64), 0))
+    seen = []
+    for at in (0, 1, 0):
+        _, sums = step(State(jnp.asarray(at), lora, tx.init(lora)), params, batch)
+        seen.append([float(x) for x in sums["nll"]])
+    assert seen[0] == seen[2] and len({*seen[0], *seen[1]}) == 4
+
+
+@pytest.mark.parametrize("norm", [0.5, 2.0])
+def test_gradients_are_clipped_to_their_norm(norm):
+    tx = optimizer(default().optim, 10)
+    grads = {"a": jnp.full(4, norm / 2)}
+    _, state = tx.update(grads, tx.init(grads), grads)
+    first = optax.tree_utils.tree_get(state, "mu")["a"]
+    assert np.allclose(first, 0.1 * min(norm, 1.0) / 2)
+
+
 SHARDED = """
 import common, re, jax, jax.numpy as jnp, numpy as np, tiny
 from gemma_lora.config import default
@@ -117,7 +161,9 @@ from gemma_lora.step import State, make_train_step
 assert jax.device_count() == 8
 model, params = common.tiny_model("gemma3", LoRAConfig(4, 8.0, 0.0))
 boxed = model.abstract()
-tx = optimizer(default().optim, 10)
+optim = default().optim
+optim.clip = 0.0
+tx = optimizer(optim, 10)
 tokens = tiny.tokens(0, rows=16)
 batch = jax.device_get(common.batch_of(tokens, tiny.loss_mask(tokens.shape), 24))
 rows, length = tokens.shape
@@ -192,6 +238,8 @@ def test_lora_plus_is_another_learning_rate_for_b_and_m():
         tx = optimizer(optim, 10)
         moves[ratio], _ = tx.update(grads, tx.init(lora), lora)
     for path, move in flatten(moves[1.0]).items():
+        # AdamW's first update of equal gradients: -lr (sign of the gradient + decay x weight).
+        assert np.allclose(move, -optim.lr * (1 + 0.1), rtol=1e-6)
         factor = 1 if path.endswith("/a") else 16
         assert np.any(move) and np.allclose(flatten(moves[16.0])[path], factor * move, rtol=1e-6)
 

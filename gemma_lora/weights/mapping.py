@@ -73,7 +73,7 @@ _TORCH: dict[str, tuple[str, str, str]] = {
 }
 
 
-def _torch(column: int, arch: Arch) -> dict[str, Stored]:
+def _torch(column: int) -> dict[str, Stored]:
     rows = {}
     for module, (*names, letters) in _TORCH.items():
         rows[f"{module}/w"] = Stored(f"{names[column]}.weight", letters)
@@ -84,7 +84,7 @@ def _torch(column: int, arch: Arch) -> dict[str, Stored]:
 
 
 def _hf(arch: Arch) -> dict[str, Stored]:
-    rows = _torch(0, arch)
+    rows = _torch(0)
     if not arch.post_norms:  # then post_attention_layernorm is the norm before the MLP
         rows["layers/pre_mlp_norm/scale"] = rows["layers/post_attn_norm/scale"]
     return rows
@@ -94,7 +94,7 @@ def _gguf(arch: Arch) -> dict[str, Stored]:
     one = float(arch.norm_plus_one)  # GGUF stores 1 + w where the model multiplies by that
     return {
         ours: dataclasses.replace(row, plus=one) if ours.endswith("/scale") else row
-        for ours, row in _torch(1, arch).items()
+        for ours, row in _torch(1).items()
     }
 
 
