@@ -149,14 +149,8 @@ def test_text_and_ids_are_those_of_transformers(folders, kind, template, system)
             assert ours.encode(text) == ids
 
 
-@pytest.mark.parametrize(("kind", "template"), [("gemma", GEMMA2), ("qwen2", QWEN2)])
-def test_the_built_in_templates_are_the_published_ones(folders, kind, template):
-    """Their control tokens end a turn, and the tokenizer keeps its template when it is saved."""
-    tokenizer = Tokenizer.from_dir(folders / kind)
-    tokenizer.save(folders / f"{kind}_saved")
-    saved = Tokenizer.from_dir(folders / f"{kind}_saved")
-    assert saved.chat_template == tokenizer.chat_template
-    for messages in conversations(kind == "qwen2"):
+def renders_as(tokenizer, template, system):
+    for messages in conversations(system):
         for prompt in (False, True):
             wanted = chat.render(
                 template,
@@ -165,7 +159,17 @@ def test_the_built_in_templates_are_the_published_ones(folders, kind, template):
                 bos_token="<bos>",
                 eos_token="unused",
             )
-            assert saved.render_chat(messages, add_generation_prompt=prompt) == wanted
+            assert tokenizer.render_chat(messages, add_generation_prompt=prompt) == wanted
+
+
+@pytest.mark.parametrize(("kind", "template"), [("gemma", GEMMA2), ("qwen2", QWEN2)])
+def test_the_built_in_templates_are_the_published_ones(folders, kind, template):
+    """Their control tokens end a turn, and the tokenizer keeps its template when it is saved."""
+    tokenizer = Tokenizer.from_dir(folders / kind)
+    tokenizer.save(folders / f"{kind}_saved")
+    saved = Tokenizer.from_dir(folders / f"{kind}_saved")
+    assert saved.chat_template == tokenizer.chat_template
+    renders_as(saved, template, system=kind == "qwen2")
     end = {"gemma": "<end_of_turn>", "qwen2": "<|im_end|>"}[kind]
     assert saved.encode(end)[0] in saved.control_ids
     assert not set(saved.encode("The cat\n</iframe>")) & saved.control_ids
@@ -187,16 +191,7 @@ def test_words_of_the_later_model_choose_its_template(folders, tmp_path, kind, t
     found.backend.add_special_tokens([token])
     dataclasses.replace(found, chat_template=None).save(tmp_path)
     tokenizer = Tokenizer.from_dir(tmp_path)
-    for messages in conversations(True):
-        for prompt in (False, True):
-            wanted = chat.render(
-                template,
-                messages,
-                add_generation_prompt=prompt,
-                bos_token="<bos>",
-                eos_token="unused",
-            )
-            assert tokenizer.render_chat(messages, add_generation_prompt=prompt) == wanted
+    renders_as(tokenizer, template, system=True)
 
 
 def test_a_template_runs_in_a_sandbox():
