@@ -179,8 +179,8 @@ def _curve(r: dict[str, Any]) -> list[Block]:
         Plot("schedule", "Learning rate and norm of the gradient"),
         [
             trend,
-            f"More epochs recommended: **{show(more['recommended'])}**; {more['because']}. Last "
-            f"two evals, steps {show(more['evals'])}: difference {show(more['difference'])}, "
+            f"More epochs recommended: **{show(more['recommended'])}**; {more['because']}. Of "
+            f"the evals of steps {show(more['evals'])}: difference {show(more['difference'])}, "
             f"interval {show(more['interval'])}.",
         ],
     ]  # fmt: skip
