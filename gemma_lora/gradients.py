@@ -114,8 +114,9 @@ def gradients(
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     model = opened.model
     # JAX's rule for a batch of cuDNN's calls takes no mask that is the same for all heads.
-    length = config.data.seq_len
-    if choose(config.attention, model.arch, model.dtype, length, mesh)[0] == "cudnn":
+    facts = config.attention, model.arch, model.dtype
+    if any(choose(*facts, length, mesh)[0] == "cudnn" for length in data.shapes):
+        say("   attention: reference; cudnn cannot take the gradients of several rows at once")
         model = model.clone(attention="reference")
     # One row a device at a time. The floor of the run's sweep would make gradients inexact.
     step = make_gradient_step(model, Sweep(config.head.chunk), m, config.seed, ways)

@@ -61,7 +61,10 @@ class Metrics:
     """Writes records to <workdir>/metrics.jsonl and TensorBoard, lines to the terminal."""
 
     def __init__(self, workdir: pathlib.Path, start: int | None, total: int):
-        """Drops what was written after step `start` (None: everything): it comes again."""
+        """Drops what was written after step `start` (None: everything): it comes again.
+
+        spent: the seconds of the run that the records told of, those of the dropped among them.
+        """
         self._on = jax.process_index() == 0
         self.spent = 0.0
         if not self._on:
@@ -70,7 +73,7 @@ class Metrics:
         old = read(self.path) if self.path.exists() else []
         first = 0 if start is None else start + 1
         kept = [r for r in old if r["step"] < first]
-        self.spent = max((r.get("seconds") or 0.0 for r in old), default=0.0)  # lost steps', too
+        self.spent = max((r.get("seconds") or 0.0 for r in old), default=0.0)
         self._lines = [json.dumps(r) + "\n" for r in kept]
         write_text(self.path, "".join(self._lines))
         # Nothing can be appended to the objects of a bucket.

@@ -217,9 +217,12 @@ def share(score: np.ndarray, ties: str = "max") -> np.ndarray:
     return np.where(np.isnan(score), np.nan, found)
 
 
-def score(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """id, tokens and every score of a run's training examples; raises as read_ledger."""
-    ledger = read_ledger(workdir)
+def score(workdir: pathlib.Path, ledger: Ledger | None = None) -> dict[str, np.ndarray]:
+    """id, tokens and every score of a run's training examples; raises as read_ledger.
+
+    ledger: the workdir's, where it was read before.
+    """
+    ledger = ledger or read_ledger(workdir)
     more = read_seen(workdir, ledger.ids) | read_more(workdir, ledger.ids)
     return {"id": ledger.ids, "tokens": ledger.tokens, **scores_of(ledger, more)}
 
@@ -269,16 +272,15 @@ def read_neighbours(workdir: pathlib.Path) -> dict[str, list[tuple[str, float]]]
     return {i: list(zip(*pair, strict=True)) for i, *pair in zip(*columns, strict=True)}
 
 
-def _looked_at(workdir: pathlib.Path) -> str:
+def _looked_at(workdir: pathlib.Path, steps: list[int]) -> str:
     """Which adapters the scores were taken under: the files of MORE may be of other steps."""
-    steps = read_ledger(workdir).steps
-    last = f"The ledger looked at steps {', '.join(map(str, steps))}; the last is that of `loss`."
+    told = f"The ledger looked at steps {', '.join(map(str, steps))}; the last is that of `loss`."
     for name, scores in MORE.items():
         path = workdir / name
         if path.exists() and "step" in column_names(path):
             step = read_table(path, ("step",))["step"][0].as_py()
-            last += f" The adapters of step {step} made {' and '.join(f'`{k}`' for k in scores)}."
-    return last
+            told += f" The adapters of step {step} made {' and '.join(f'`{k}`' for k in scores)}."
+    return told
 
 
 def broken_rules(workdir: pathlib.Path) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -345,7 +347,8 @@ def mine(
 
     top: None: TOP, or all where there are fewer.
     """
-    columns = score(workdir)
+    ledger = read_ledger(workdir)
+    columns = score(workdir, ledger)
     if not np.isfinite(columns["loss"]).any():
         raise UserError(f"no loss of the training examples in {workdir} is finite: nothing to rank")
     top = min(TOP, len(columns["id"])) if top is None else top
@@ -360,7 +363,7 @@ def mine(
     shared = review.write(workdir, texts, columns, broken, categories, top) + shared + rare
     more = {"rules": [sorted(broken.get(i, {})) for i in columns["id"]], "category": categories}
     write_table(workdir / "outliers.parquet", pyarrow.table(columns | more))
-    near, looked_at = read_neighbours(workdir), _looked_at(workdir)
+    near, looked_at = read_neighbours(workdir), _looked_at(workdir, ledger.steps)
     page = markdown(columns, broken, texts, worst, categories, near, looked_at, shared)
     write_text(workdir / "outliers.md", page)
     if filtered:

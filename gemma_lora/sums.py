@@ -64,6 +64,7 @@ _ARITHMETIC = re.compile(r"[0-9.+\-*/%() ]+")
 # A % that no operand follows is a percentage; any other is the remainder.
 _PERCENT = re.compile(r"([0-9.]+|\))\s*%(?!\s*[0-9.(])")
 _BITS = 1024  # of a numerator or denominator, at most: more is no sum that a text would do
+_DIGITS = 300  # of a number in a text, at most: about what _BITS hold
 
 
 def _evaluate(text: str) -> Fraction | None:
@@ -133,6 +134,6 @@ def final_answer(text: str) -> str:
 
 
 def _numbers(text: str) -> list[Fraction]:
-    # Python makes no number of thousands of digits, and no sum of a text needs one.
+    # Python makes no number of thousands of digits.
     found = [n.replace(",", "") for n in _NUMBER.findall(text)]
-    return [Fraction(n) for n in found if len(n) <= _BITS]
+    return [Fraction(n) for n in found if len(n) <= _DIGITS]

@@ -12,13 +12,18 @@ from gemma_lora import config, manifest
 
 def test_commit_of_an_archive(tmp_path):
     """git writes it where .gitattributes says so; a copy of the files alone has none."""
-    root = Path(manifest.__file__).parents[1]
-    (tmp_path / "launch").mkdir()
-    shutil.copy(root / "launch" / "commit.txt", tmp_path / "launch")
-    assert "launch/commit.txt export-subst" in (root / ".gitattributes").read_text()
-    assert manifest.commit(tmp_path) is None
-    (tmp_path / "launch" / "commit.txt").write_text("0123456789" * 4 + "\n")
-    assert manifest.commit(tmp_path) == "0123456789" * 4
+    tree, copy = tmp_path / "tree", tmp_path / "copy"
+    (tree / "launch").mkdir(parents=True)
+    shutil.copy(Path(manifest.__file__).parents[1] / ".gitattributes", tree)
+    (tree / "launch" / "commit.txt").write_text("$Format:%H$\n")
+    assert manifest.commit(tree) is None
+    names = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    archive = ("archive", "--format=zip", f"--output={tmp_path / 'a.zip'}", "HEAD")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "one"), archive):
+        subprocess.run(["git", "-C", str(tree), *names, *command], check=True)
+    shutil.unpack_archive(tmp_path / "a.zip", copy)
+    found = manifest.commit(copy)
+    assert found and found == manifest.commit(tree)
 
 
 def test_commit_of_a_checkout_and_of_none(tmp_path, monkeypatch):

@@ -168,8 +168,8 @@ def _assemble(
             truncated.append(row["id"])
         tokens = found["tokens"][at : at + length]
         at += length
-        place_of = r.completion, r.end
-        examples.append(Example(row["id"], tokens, loss_from, r.text, *place_of, answer, label))
+        span = r.completion, r.end
+        examples.append(Example(row["id"], tokens, loss_from, r.text, *span, answer, label))
     return Tokenized(examples, truncated, dropped, tuple(found["label_tokens"].tolist()))
 
 

@@ -43,9 +43,9 @@ class Rendered:
     """A row as text.
 
     completion: index of the completion's first character; end: index behind its last, where what
-    ends the turn of a conversation begins; field: (start, end) of the longest field
-    of the prompt, (0, 0) where there is none; label: index of the row's label among data.labels,
-    -1 where the completion is no such label.
+    ends the turn of a conversation begins; field: (start, end) of the longest field of the prompt,
+    (0, 0) where there is none; label: index of the row's label among data.labels, -1 where the
+    completion is no such label.
     """
 
     text: str

@@ -44,7 +44,7 @@ def scored(w: Workdir) -> Scored | None:
     else:
         source = "the ledger; python -m gemma_lora.outliers also looks for broken rules"
     with np.errstate(invalid="ignore"):  # of losses that are not finite
-        scores = outliers.score(w.path)
+        scores = outliers.score(w.path, ledger)
     names = [k for k in scores if k not in ("id", "tokens")]
     return ledger, {k: scores[k] for k in names}, [[] for _ in ledger.ids], source
 
