@@ -74,7 +74,8 @@ def _setting(arch: Arch, config: Any, mesh: Mesh, rows: int, length: int):
     def on(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    tx = optimizer(config.optim, 100)  # of how many steps changes constants alone
+    # Of how many steps changes constants alone.
+    tx = optimizer(config.optim, config.optim.warmup_steps + 100)
     slots = 8 * -(-length // 8)  # at most, by data.dataset.loss_slots
     arrays = {
         **{k: (length, jnp.int32) for k in ("tokens", "segments", "positions")},

@@ -1,6 +1,7 @@
 """Every config key once, with its comment; reading a config from the command line."""
 
 import json
+import math
 import pathlib
 import re
 import sys
@@ -115,7 +116,11 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for unknown or missing keys and for values no run can use."""
-    valid, got = flat(to_dict(default())), flat(to_dict(config))
+    valid = flat(to_dict(default()))
+    try:
+        got = flat(to_dict(config))
+    except TypeError as e:
+        raise UserError(f"the config holds what JSON cannot: {e}; expected plain values") from e
     for key in sorted(got.keys() - valid.keys()):
         raise UserError(f"config key {key!r} is unknown, {nearest(key, valid)}")
     if missing := sorted(valid.keys() - got.keys()):
@@ -125,6 +130,10 @@ def check(config: ConfigDict) -> None:
     for key, usual in valid.items():
         if not isinstance(got[key], (int, float) if isinstance(usual, float) else type(usual)):
             raise UserError(f"{key} is {got[key]!r}, expected a {type(usual).__name__}")
+        if isinstance(usual, float) and not math.isfinite(got[key]):
+            raise UserError(f"{key} is {got[key]}, expected a finite number")
+    if config.seed >= 2**63:
+        raise UserError(f"seed is {config.seed}, expected less than 2**63")
     if config.dtype not in ("bfloat16", "float32"):
         why = ": Gemma overflows in float16 and gives NaN" if config.dtype == "float16" else ""
         raise UserError(f"dtype {config.dtype!r}{why}; expected bfloat16 or float32")

@@ -29,6 +29,12 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except OSError as e:
+        if not e.filename:
+            raise
+        # The one file that everything waited for: unreadable, full, gone.
+        print(f"error: {e.filename}: {e.strerror}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -170,9 +170,14 @@ def metrics(rows: dict[str, np.ndarray], batch_size: int) -> dict[str, float]:
     }
     labelled = rows["label"] >= 0
     if labelled.any():
-        right = rows["label_p"].argmax(-1) == rows["label"]
-        found["class_accuracy"] = float(np.mean(right[labelled]))
+        found["class_accuracy"] = float(np.mean(label_is_likeliest(rows)[labelled]))
     return found
+
+
+def label_is_likeliest(rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[n] bool: the label is the likeliest of the label words; never where a p is not finite."""
+    p = rows["label_p"]
+    return np.isfinite(p).all(-1) & (p.argmax(-1) == rows["label"])
 
 
 def write_ledger(path: pathlib.Path, parts: list[dict[str, np.ndarray]]) -> None:
@@ -217,9 +222,12 @@ def write_table(path: pathlib.Path, table: pyarrow.Table) -> None:
 
 
 def column_names(path: pathlib.Path) -> list[str]:
-    """Of a Parquet file that is there."""
-    with path.open("rb") as f:
-        return pyarrow.parquet.read_schema(f).names
+    """Of a Parquet file that is there; raises UserError where it is none."""
+    try:
+        with path.open("rb") as f:
+            return pyarrow.parquet.read_schema(f).names
+    except (OSError, pyarrow.ArrowException) as e:
+        raise UserError(f"{path} is missing or damaged: {e}") from e
 
 
 def read_table(path: pathlib.Path, columns: tuple[str, ...]) -> pyarrow.Table:

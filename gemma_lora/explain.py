@@ -145,9 +145,9 @@ def _confident(found: confident.Issues) -> list[str]:
     lines = ["", "# Confident learning", ""]
     lines += [
         f"Of {found.known} labels {issues} ({issues / found.known:.1%}) are doubted out of fold: "
-        "p of another label reaches the mean p that this label has over its own examples. The "
-        "model's own mistakes count, too: with a weak model there are more of these than label "
-        "errors.",
+        "of the labels whose p reaches the mean p that they have over their own examples, the "
+        "likeliest is another. The model's own mistakes count, too: with a weak model there are "
+        "more of these than label errors.",
         "",
         "| given label | threshold | examples confidently of label 0, 1, ... |",
         "| --- | --- | --- |",

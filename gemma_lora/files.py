@@ -26,7 +26,7 @@ def path_of(text: str) -> pathlib.Path | epath.Path:
     """
     scheme, found, _ = text.partition("://")
     if not found:
-        return pathlib.Path(text).expanduser()
+        return local_path(text)
     if scheme != "gs":
         raise UserError(f"{text}: expected a local path, or gs://bucket/...")
     if importlib.util.find_spec("gcsfs") is None:
@@ -41,6 +41,14 @@ def path_of(text: str) -> pathlib.Path | epath.Path:
             "host may use: see its network, and `gcloud auth application-default login`"
         ) from e
     return path
+
+
+def local_path(text: str) -> pathlib.Path:
+    """With the home directory for ~; raises UserError where there is none."""
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError as e:
+        raise UserError(f"{text}: {e}; expected a path, or ~ of a user with a home") from e
 
 
 def path_argument(text: str) -> pathlib.Path | epath.Path:
@@ -87,15 +95,32 @@ def replace_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         yield temporary
         temporary.chmod(0o755)  # mkdtemp makes directories that only their owner can enter
-        if path.exists():
-            path.rmtree() if remote(path) else shutil.rmtree(path)
         if not remote(path):
+            old = temporary.with_name(f"{temporary.name}.old")
+            if path.exists():
+                os.replace(path, old)  # a directory that is full cannot be replaced
             os.replace(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
             return
+        if path.exists():
+            path.rmtree()
         for file in temporary.iterdir():
             (path / file.name).write_bytes(file.read_bytes())
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_writable(path: pathlib.Path) -> None:
+    """Raises UserError where no file can become `path`: asked before the work it is to hold."""
+    if remote(path):
+        return
+    if path.is_dir():
+        raise UserError(f"{path} is a directory, expected the name of a file")
+    there = path.parent
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: this user may not make files in {there}")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -105,7 +130,10 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 def cache_dir() -> pathlib.Path:
     """The package's cache folder: $XDG_CACHE_HOME/gemma_lora, by default ~/.cache/gemma_lora."""
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    except RuntimeError as e:
+        raise UserError(f"the cache has no place: {e}; set XDG_CACHE_HOME to a directory") from e
     return pathlib.Path(home) / "gemma_lora"
 
 

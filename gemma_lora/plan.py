@@ -141,8 +141,7 @@ def largest(job: Job) -> dict[str, Any]:
     memory, and in the middle, in turn, until they are neighbours.
     """
     mesh, chip = _mesh(job), job.chip
-    if chip is None:
-        raise UserError(f"--largest: the memory of a {job.topology} is not known")
+    assert chip is not None  # main has asked
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     unit = ways * job.config.train.micro_batches  # what the rows of a batch must divide by
     known: dict[int, int] = {}
@@ -374,11 +373,17 @@ def main() -> None:
     if asked.leaves:
         for job in jobs:
             mesh, data = _mesh(job), config.data
+            check_rows(data.batch_size, mesh, config.train.micro_batches)
             trees = ahead.shapes(job.arch, config, mesh, data.batch_size, data.seq_len)
             print(f"{job.topology}: bytes a device", *leaves(trees), sep="\n")
         return
+    for job in jobs if asked.largest else ():
+        if job.chip is None:
+            raise UserError(f"--largest: the memory of a {job.topology} is not known")
     prices = read_prices(asked.prices) if asked.prices else None
     examples = asked.examples or count_examples(config)
+    if examples:
+        _steps(config, examples)  # may refuse the validation file: not after minutes of compiling
     rows = []
     for job in jobs:
         rows.append(plan(job, examples, prices))

@@ -31,16 +31,19 @@ def read_marks(path: pathlib.Path, ids: list[str]) -> dict[str, tuple[str, str]]
         text = path.read_text(encoding="utf-8-sig") if path.exists() else ""
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path} cannot be read as UTF-8: {e}") from e
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    names = rows.fieldnames or []
+    table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        rows, names = [(row, table.line_num) for row in table], table.fieldnames or []
+    except csv.Error as e:  # a quote without its end would swallow the marks below it
+        raise UserError(f"{path}, line {table.line_num + 1}: not CSV: {e}") from e
     if text and (missing := {"id", "mark", "comment"} - set(names)):
         raise UserError(
             f"{path}: no column {', '.join(sorted(missing))}; expected {','.join(FIELDS)}, "
             f"separated by commas, got {','.join(map(str, names))[:100]}"
         )
     known, found = set(ids), {}
-    for row in rows:
-        example, at = row["id"] or "", f"{path}, line {rows.line_num}"
+    for row, line in rows:
+        example, at = row["id"] or "", f"{path}, line {line}"
         example = example if example in known else example.removeprefix("'")
         mark, comment = (row["mark"] or "").strip().lower(), (row["comment"] or "").strip()
         if mark and mark not in MARKS:

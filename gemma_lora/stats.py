@@ -7,6 +7,7 @@ import numpy as np
 import scipy  # its parts load at first use: stats takes a second that training need not wait
 
 RESAMPLES = 10_000
+FEW = 20  # examples; about how many it takes for bootstrap intervals not to be too narrow
 
 
 def resampled(columns: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:

@@ -6,11 +6,12 @@ folds/, unprompted.parquet, gradients.parquet, outliers.parquet, outliers.md, re
 review.html.
 """
 
+import fcntl
 import json
 import pathlib
 import shutil
 import uuid
-from typing import Any
+from typing import IO, Any
 
 import jax
 
@@ -18,6 +19,8 @@ from gemma_lora import distributed
 from gemma_lora.config import differences
 from gemma_lora.errors import UserError
 from gemma_lora.files import remote, write_text
+
+_locked: IO[str] | None = None
 
 
 def claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> bool:
@@ -52,9 +55,9 @@ def _check_shared(workdir: pathlib.Path) -> None:
 
 
 def _claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> bool:
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"workdir {workdir} is a file, expected a directory or a new name")
     try:
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"workdir {workdir} is a file, expected a directory or a new name")
         workdir.mkdir(parents=True, exist_ok=True)
         file = workdir / "config.json"
         # Hidden files are no run: a write that was cut off leaves one.
@@ -64,7 +67,8 @@ def _claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> bo
             raise UserError(f"workdir {workdir} is not empty and holds no run; give another one")
         saved = (workdir / "run.json").exists()
         saved |= any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
-        theirs = _read(file) | {"mesh": config["mesh"]} if begun else {}
+        theirs = _read(file) | {"mesh": config["mesh"]} if file.exists() else {}
+        _lock(workdir)
         if saved and (differ := differences(config, theirs)):
             raise UserError(
                 f"workdir {workdir} belongs to a run with another config: "
@@ -75,6 +79,37 @@ def _claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> bo
     except OSError as e:
         raise UserError(f"workdir {workdir} cannot be used: {e.strerror or e}") from e
     return begun
+
+
+def _lock(workdir: pathlib.Path) -> None:
+    """Refuses a workdir in which a living process trains: two would undo each other's files.
+
+    The lock is of the process, which trains in one workdir at a time, and goes with it.
+    """
+    global _locked
+    if _locked:
+        _locked.close()
+    if remote(workdir):
+        return
+    _locked = (workdir / ".lock").open("w")
+    try:
+        fcntl.flock(_locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise UserError(
+            f"another process trains in workdir {workdir}: wait for it, stop it, or give another "
+            "--workdir"
+        ) from e
+    except OSError:
+        pass  # a file system without locks
+
+
+def ledger_files(workdir: pathlib.Path, kind: str) -> dict[int, pathlib.Path]:
+    """Step -> ledger/{kind}_{step}.parquet, in the order of steps; kind: 'eval' or 'seen'."""
+    found = {}
+    for file in (workdir / "ledger").glob(f"{kind}_*.parquet"):
+        if (step := file.stem.removeprefix(f"{kind}_")).isdigit():  # others are copies of someone's
+            found[int(step)] = file
+    return dict(sorted(found.items()))
 
 
 def read_config(workdir: pathlib.Path, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -93,9 +128,10 @@ def read_config(workdir: pathlib.Path, keys: tuple[str, ...]) -> dict[str, Any]:
 
 def forget_after(workdir: pathlib.Path, step: int | None) -> None:
     """Removes what the ledger has from after `step` (None: all), which comes again."""
-    for file in (workdir / "ledger").glob("*_*.parquet"):
-        if step is None or int(file.stem.split("_")[1]) > step:
-            file.unlink()
+    for kind in ("eval", "seen"):
+        for at, file in ledger_files(workdir, kind).items():
+            if step is None or at > step:
+                file.unlink()
 
 
 def require_space(workdir: pathlib.Path, need_bytes: int) -> None:
@@ -115,6 +151,7 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as e:
         raise UserError(f"{file} is not JSON ({e}); give another --workdir") from e
-    if not isinstance(found, dict):
+    # A model's directory has a config.json, too.
+    if not isinstance(found, dict) or not {"data", "lora", "train"} <= found.keys():
         raise UserError(f"{file} is not the config of a run; give another --workdir")
     return found

@@ -54,6 +54,7 @@ def on_eight_devices(script: str) -> None:
             **os.environ,
             "XLA_FLAGS": flags,
             "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes most of the time
             "PYTHONPATH": os.pathsep.join((str(here), str(here.parent))),
         },
         capture_output=True,

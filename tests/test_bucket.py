@@ -157,7 +157,7 @@ def test_a_run_in_a_bucket_is_the_local_run(bucket, beside, tmp_path):
         lines = [metrics.read(w / "metrics.jsonl") for w in (local, there)]
         kept = [[(r["step"], r.get("loss"), r.get("validation/loss")) for r in x] for x in lines]
         assert kept[0] == kept[1] and len(kept[0]) == 8 + 5
-        assert names(local) - {"checkpoints", "tensorboard"} == names(there)
+        assert names(local) - {"checkpoints", "tensorboard", ".lock"} == names(there)
         for name in ("adapter", "ledger"):
             assert names(local / name) == names(there / name)
         for name in ("adapter/adapter_model.safetensors", "outliers.md", "review.csv"):

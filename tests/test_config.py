@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from gemma_lora import config as configs
-from gemma_lora import files, workdir
+from gemma_lora import errors, files, workdir
 from gemma_lora.errors import UserError
 from gemma_lora.lora import LoRAConfig
 from gemma_lora.loss import Sweep
@@ -87,7 +87,10 @@ def test_every_key_is_read_by_something():
         ("data.validation_fraction", 0.0, "(0, 1)"),
         ("data.validation_fraction", 1.0, "(0, 1)"),
         ("optim.lr", 0.0, "positive"),
-        ("optim.lr", float("nan"), "positive"),
+        ("optim.lr", float("nan"), "finite"),
+        ("optim.lr", float("inf"), "finite"),
+        ("train.eval_every", float("inf"), "finite"),
+        ("seed", 2**63, "less than 2**63"),
         ("optim.b_lr_ratio", 0.0, "positive"),
         ("optim.clip", -1.0, "at least 0"),
         ("optim.weight_decay", -0.1, "at least 0"),
@@ -254,7 +257,7 @@ def other(**changes):
 
 
 def entries(folder):
-    return sorted(p.name for p in folder.iterdir())
+    return sorted(p.name for p in folder.iterdir() if p.name != ".lock")
 
 
 def test_claim_and_claim_again(tmp_path):
@@ -287,9 +290,14 @@ def test_another_config_names_its_keys(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()) == PLAIN
 
 
-@pytest.mark.parametrize("broken", ["", "{", "[]", "3"])
-def test_a_broken_config_json(tmp_path, broken):
-    (tmp_path / "checkpoints").mkdir()
+MODEL = '{"model_type": "gemma"}'  # a model's directory has a config.json, too
+
+
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("broken", ["", "{", "[]", "3", MODEL])
+def test_a_broken_or_foreign_config_json(tmp_path, broken, begun):
+    if begun:
+        (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text(broken)
     text = message(workdir.claim, tmp_path, PLAIN, 1)
     assert "config.json is not" in text and "--workdir" in text
@@ -300,6 +308,37 @@ def test_a_foreign_directory_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").touch()
     assert "not empty and holds no run" in message(workdir.claim, tmp_path, PLAIN, 1)
     assert entries(tmp_path) == ["thesis.tex"]
+
+
+HOLD = """
+import json, sys
+from gemma_lora import workdir
+import pathlib
+workdir.claim(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), 1)
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time(tmp_path):
+    """The same command twice; the lock goes with its process, even one that is killed."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path), json.dumps(PLAIN)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"claimed\n"
+        assert "another process trains in workdir" in message(workdir.claim, tmp_path, PLAIN, 1)
+        first.kill()
+    workdir.claim(tmp_path, PLAIN, 1)
+    workdir.claim(tmp_path, PLAIN, 1)
+
+
+def test_copies_in_the_ledger_do_not_count(tmp_path):
+    ledger = tmp_path / "ledger"
+    ledger.mkdir()
+    for name in ("eval_000020", "eval_000003", "seen_000004", "eval_000020 (1)", "my_notes"):
+        (ledger / f"{name}.parquet").touch()
+    assert [*workdir.ledger_files(tmp_path, "eval")] == [3, 20]
+    workdir.forget_after(tmp_path, 3)
+    assert entries(ledger) == ["eval_000003.parquet", "eval_000020 (1).parquet", "my_notes.parquet"]
 
 
 def test_hidden_files_are_no_run(tmp_path):
@@ -332,6 +371,39 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     text = message(workdir.claim, tmp_path, PLAIN, 1)
     assert "cannot be used: No space left on device" in text
     assert entries(tmp_path) == []
+
+
+def test_require_writable(tmp_path):
+    files.require_writable(tmp_path / "new" / "x")
+    assert entries(tmp_path) == []
+    assert "is a directory, expected the name" in message(files.require_writable, tmp_path)
+    (tmp_path / "file").touch()
+    text = message(files.require_writable, tmp_path / "file" / "x")
+    assert "cannot be written: this user may not make files in" in text
+
+
+def test_no_home_directory():
+    assert "~nobody-here/x" in message(files.path_of, "~nobody-here/x")
+
+
+def test_an_error_of_the_system_is_one_line(capsys):
+    def main():
+        pathlib.Path("/not/there").read_text(encoding="utf-8")
+
+    with pytest.raises(SystemExit) as end:
+        errors.run_main(main)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: /not/there: No such file or directory\n"
+
+
+def test_replace_directory_keeps_the_old_one_when_the_block_fails(tmp_path):
+    path = tmp_path / "x"
+    for text in ("old", "new"):
+        with files.replace_directory(path) as temporary:
+            (temporary / text).touch()
+    with pytest.raises(KeyError), files.replace_directory(path):
+        raise KeyError
+    assert entries(path) == ["new"] and entries(tmp_path) == ["x"]
 
 
 def test_replace_file_keeps_the_old_one_when_the_block_fails(tmp_path):

@@ -101,7 +101,7 @@ def test_loss_when_first_trained_on(run):
         first.setdefault(r["id"], (r["nll"] / r["tokens"], len(first)))
     assert len(first) == 18
     padded = [x for x, _ in first.values()]
-    padded = [padded[0]] * 9 + padded + [padded[-1]] * 9
+    padded = padded[9:0:-1] + padded + padded[-2:-11:-1]
     for i, found in zip(got["id"], got["seen_loss"], strict=True):
         loss, at = first[i]
         window = sorted(padded[at : at + 18])  # an even window begins half of it before
@@ -236,9 +236,16 @@ def test_what_the_command_writes(run, tmp_path):
     assert (left["train"], left["validation"], left["excluded"]) == (14, 6, 4)
 
 
+ALL = "".join(f"{a}+{b}\n" for a in range(4) for b in range(6) if 6 * a + b < 18)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("0+0\n0+9\n", "1 of 2 ids are not in the data, e.g. '0\\+9'"), (None, "cannot be read")],
+    [
+        ("0+0\n0+9\n", "1 of 2 ids are not in the data, e.g. '0\\+9'"),
+        (ALL, "leaves out all 18 training examples"),
+        (None, "cannot be read"),
+    ],
 )
 def test_exclude_is_checked(run, tmp_path, text, message):
     path = tmp_path / "ids.txt"

@@ -187,13 +187,16 @@ def test_prices_without_a_date_or_source_are_refused(tmp_path, change, hint):
 def test_leaves_on_the_command_line():
     """[18,640,2048] bfloat16 of up_proj over two devices."""
     line = "-m gemma_lora.plan --config configs/gemma3_270m_gsm8k.py --topology cpu:2 --leaves"
+    line += " --config.optim.warmup_steps=200"
     done = subprocess.run([sys.executable, *line.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (up,) = [x for x in done.stdout.splitlines() if x.startswith("base/layers/mlp/up_proj/w ")]
     assert up.split()[-3:] == ["23,592,960", "of", "47,185,920"]
-    wrong = subprocess.run([sys.executable, *line.replace("cpu:2", "cpu:x").split()],
-                           capture_output=True, text=True)  # fmt: skip
-    assert wrong.returncode == 2 and "topology 'cpu:x'" in wrong.stderr
+    for topology, words in (("cpu:x", "topology 'cpu:x'"), ("cpu:16", "data.batch_size is 8")):
+        wrong = subprocess.run([sys.executable, *line.replace("cpu:2", topology).split()],
+                               capture_output=True, text=True)  # fmt: skip
+        assert wrong.returncode == 2 and words in wrong.stderr
+        assert "Traceback" not in wrong.stderr
 
 
 # A quarter of D fills the lanes of a TPU: less would be padded, and not what the trees say.

@@ -201,9 +201,15 @@ def test_draws_are_the_measures_of_resampled_rows():
     for stratum, rows in enumerate((right, ~right)):
         times[:, rows] = detection._resampled(int(rows.sum()), 5, stratum)
     assert (times[:, right].sum(1) == 8).all() and (times[:, ~right].sum(1) == 22).all()
+    shift = found.values - found.draws.mean(0)  # of the average precision, which it centres
+    assert abs(shift[1]) < 1e-6
+    first = []
     for b in range(20):
         drawn = np.repeat(np.arange(30), times[b])
-        np.testing.assert_allclose(found.draws[b], by_definition(score[drawn], right[drawn]))
+        first.append(found.draws[b] - by_definition(score[drawn], right[drawn]))
+    np.testing.assert_allclose(np.array(first)[:, [0, 2]], 0, atol=1e-12)
+    np.testing.assert_allclose(np.array(first)[:, 1], first[0][1])
+    assert first[0][1] < -0.01  # a row that is drawn twice ranks with itself
 
 
 def test_perfect_inverted_and_constant_scores():

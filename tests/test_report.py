@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from report_run import STEPS, N, make, put_eval, table
 
-from gemma_lora import report, stats
+from gemma_lora import evaluate, report, stats
 from gemma_lora.errors import UserError
 
 LOSS = ("start", "best", "last", "decrease_pct", "interval")
@@ -149,6 +149,7 @@ def test_final_steps_slope_window_and_interval():
 FALLING = {"losses": (2.0, 1.5, 1.0), "probe": (2.0, 1.5, 1.0)}
 FLAT = {"losses": (2.0, 1.0, 0.9999), "probe": (2.0, 1.0, 1.0)}
 CLOSE = {"losses": (2.0, 1.0, 1.0), "probe": (2.0, 1.0, 1.0), "steps": (0, 20, 21)}
+BACK = {"losses": (2.0, 1.0, 1.5, 1.2), "probe": (2.0, 1.0, 1.0, 1.0)}
 EARLY = [(1.0, 1e-4)] * 30  # half of the planned steps at the full rate
 
 
@@ -166,6 +167,7 @@ EARLY = [(1.0, 1e-4)] * 30  # half of the planned steps at the full rate
         ({"losses": (2.0,), "probe": (2.0,), "train": EARLY}, False, "two evals"),
         # An eval just before the last is not what that is compared with.
         ({**CLOSE, "train": EARLY}, True, "fell .* from step 0 to 21"),
+        ({**BACK, "train": EARLY}, False, "fell .* but it was lowest at step 20"),
     ],
 )
 def test_advice_on_more_epochs(tmp_path, kw, recommended, words):
@@ -220,7 +222,7 @@ def test_interrupted_before_the_second_eval(tmp_path):
 def test_run_that_never_beat_the_base_model(tmp_path):
     r = report.build(make(tmp_path, losses=(1.0, 1.2), probe=(1.0, 0.9)))
     assert r["evals"]["best"] == 0 and r["validation"]["loss"]["decrease_pct"] == 0
-    assert r["validation"]["loss"]["conclusion"].startswith("no eval had a lower validation loss")
+    assert r["validation"]["loss"]["conclusion"].startswith("no eval of train.eval_every had")
 
 
 def test_not_finite_numbers_become_null(tmp_path):
@@ -311,6 +313,13 @@ def test_damaged_file_is_named(tmp_path, name, damage):
     path.write_bytes(damage)
     with pytest.raises(UserError, match=re.escape(str(path))):
         report.build(tmp_path)
+
+
+def test_damaged_columns_are_named(tmp_path):
+    path = tmp_path / "outliers.parquet"
+    path.touch()
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        evaluate.column_names(path)
 
 
 @pytest.mark.parametrize("name", [x for x in FILES if "020" not in x])

@@ -230,8 +230,9 @@ def test_label_probabilities_that_are_no_numbers_have_no_reliability(tmp_path):
     path = tmp_path / "ledger" / "eval_000000.parquet"
     rows = pyarrow.parquet.read_table(path).to_pylist()
     for n, r in enumerate(rows):
-        p = [math.nan, math.nan] if r["id"] == "validation-3" else [0.25, 0.75]
-        r |= {"label": n % 2, "label_p": p}
+        lost = r["id"] == "validation-3"
+        p = [math.nan, math.nan] if lost else [0.25, 0.75]
+        r |= {"label": 0 if lost else n % 2, "label_p": p}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     config = tmp_path / "config.json"
     found = json.loads(config.read_text())
@@ -239,6 +240,9 @@ def test_label_probabilities_that_are_no_numbers_have_no_reliability(tmp_path):
     config.write_text(json.dumps(found))
     found = report.write(tmp_path)["validation"]["class_accuracy"]
     assert found["reliability"] == [] and found["overconfidence"]["interval"] is None
+    labels = [r["label"] for r in rows if r["split"] == "validation"]
+    assert found["best"] == sum(labels) / 25 and found["best"] < 1
+    assert found["conclusion"] == "no eval after step 0: nothing to compare"
 
 
 @pytest.mark.parametrize("price", ["-1", "nan", "inf"])

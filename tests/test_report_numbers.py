@@ -278,6 +278,10 @@ def test_examples_that_only_one_run_has_are_left_out(run, tmp_path):
     [found] = report.build(run, (other,))["compare"]
     assert found["shared"] == 50
     assert found["cautions"][0].startswith("10 validation examples of this run and 0 of the other")
+    assert not any("too narrow" in x for x in found["cautions"])
+    few = report_run.gsm8k(tmp_path / "few", 8, 45, steps=(0, 20))
+    [found] = report.build(run, (few,))["compare"]
+    assert "they share 8 validation examples: with fewer than about 20" in found["cautions"][1]
 
 
 def test_calibration(tmp_path):

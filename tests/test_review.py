@@ -83,6 +83,7 @@ def test_marks_are_kept(tmp_path):
         ("id,mark,comment\nrow/99,ok,\n", "'row/99' is no training example.*did you mean row/9"),
         ("id,mark,comment\nrow/1,ok,\nrow/1,error,\n", "row/1 is marked twice"),
         ("id;mark;comment\nrow/1;ok;\n", "no column comment, id, mark; expected .*commas"),
+        ('id,mark,comment\nrow/1,ok,"he said\nrow/2,error,\n', "line 2: not CSV: unexpected end"),
         (b"id,mark,comment\nrow/1,ok,\xff\n", "cannot be read as UTF-8"),
     ],
 )  # fmt: skip

@@ -22,13 +22,14 @@ from gemma_lora import config, train
 def quick_compilation(directory: Path) -> Iterator[None]:
     """Compiles with few optimisations, and keeps the results for equal programs."""
     settings = {
-        "jax_compilation_cache_dir": (str(directory), None),
-        "jax_persistent_cache_min_compile_time_secs": (0.1, 1.0),
-        "jax_disable_most_optimizations": (True, False),
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_disable_most_optimizations": True,
     }
-    for moment in (0, 1):
-        for name, values in settings.items():
-            jax.config.update(name, values[moment])
+    before = {name: jax.config.values[name] for name in settings}
+    for moment, values in enumerate((settings, before)):
+        for name, value in values.items():
+            jax.config.update(name, value)
         compilation_cache.reset_cache()  # jax looks at its settings once
         if moment == 0:
             yield

@@ -257,8 +257,8 @@ def split(
     """
     if len(examples) < 2:
         raise UserError(
-            f"{len(examples)} usable example(s), a split needs at least 2: the others have no loss "
-            "token within data.seq_len"
+            f"{len(examples)} usable example(s), a split needs at least 2; an example without a "
+            "loss token within data.seq_len is none"
         )
     count = min(max(1, round(len(examples) * fraction)), len(examples) - 1)
     validation = subset(examples, count, seed)

@@ -86,6 +86,8 @@ def load_data(
     excluded = _excluded(data.exclude, known)
     kept = [e for e in train_part if e.id not in excluded]
     left_out, train_part = len(train_part) - len(kept), kept
+    if left_out and not kept:
+        raise UserError(f"data.exclude {data.exclude} leaves out all {left_out} training examples")
     if not train_part or not validation_part:
         raise UserError(
             f"{len(train_part)} training and {len(validation_part)} validation examples carry loss "

@@ -118,7 +118,7 @@ def _parquet(file: pathlib.Path) -> Iterable[Row]:
     try:
         with file.open("rb") as f:
             return pyarrow.parquet.read_table(f).to_pylist()
-    except pyarrow.ArrowException as e:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as e:  # text that is no UTF-8, ...
         raise UserError(f"{file}: not a Parquet file: {_line(e)}") from e
 
 

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from gemma_lora.config import differences
+from gemma_lora.evaluate import label_is_likeliest
 from gemma_lora.report.reading import Eval, Workdir
-from gemma_lora.stats import bootstrap, interval, mcnemar
+from gemma_lora.stats import FEW, bootstrap, interval, mcnemar
 
 SEED = 2  # not those of the run's own splits
 
@@ -29,6 +30,11 @@ def compared(here: Workdir, there: Workdir) -> dict[str, Any]:
         cautions.append(
             f"{len(a['id']) - len(ids)} validation examples of this run and "
             f"{len(b['id']) - len(ids)} of the other are left out, the other run lacks them"
+        )
+    if len(ids) < FEW:
+        cautions.append(
+            f"they share {len(ids)} validation examples: with fewer than about {FEW} the "
+            "intervals are too narrow"
         )
     data = [w.run.get("data_fingerprint") for w in (here, there)]
     if None in data or data[0] != data[1]:
@@ -55,7 +61,7 @@ def compared(here: Workdir, there: Workdir) -> dict[str, Any]:
         }  # fmt: skip
     labelled = (a["label"] >= 0) & (a["label"] == b["label"])
     if labelled.any() and here.config["data"]["labels"] == there.config["data"]["labels"]:
-        right = [(x["label_p"].argmax(-1) == x["label"])[labelled] for x in (a, b)]
+        right = [label_is_likeliest(x)[labelled] for x in (a, b)]
         out["class_accuracy"] = {
             "this": float(right[0].mean()), "other": float(right[1].mean()),
             "only_this_right": int((right[0] & ~right[1]).sum()),

@@ -2,7 +2,8 @@
 
 Losses are token-weighted means over a fixed set, in nats per token, dropout off. start is the eval
 of step 0 (the base model; after PiSSA, whose base is rounded anew, but for that rounding), best the
-eval with the lowest validation loss. Letters: n examples, e evals.
+eval with the lowest validation loss of those that train.eval_every asks for. Letters: n examples,
+e evals.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gemma_lora.data.pipeline import in_steps
+from gemma_lora.evaluate import label_is_likeliest
 from gemma_lora.metrics import LEDGER, STEPS
 from gemma_lora.outliers import length_bins
 from gemma_lora.report import compare, training
@@ -124,7 +126,7 @@ def build_from(
             },
         }
         if (best.rows[s]["label"] >= 0).any():
-            report[s]["class_accuracy"] = _classes(points, s, sums[s])
+            report[s]["class_accuracy"] = _classes(points, s, sums[s], _nothing_to_compare(w))
     return json.loads(json.dumps(report), parse_constant=lambda name: None)
 
 
@@ -144,11 +146,22 @@ def _columns(
         "labelled": labelled,
     }  # fmt: skip
     if labelled.any():
-        right = best["label_p"].argmax(-1) == best["label"]
+        right = label_is_likeliest(best)
         columns["over"] = np.where(labelled, best["label_p"].max(-1) - right, 0)
     if marked:
         columns |= {"kind_tokens": marked["tokens"], "kind_nll": marked["nll"]}
     return columns
+
+
+def _nothing_to_compare(w: Workdir) -> str | None:
+    """Why start and best are one eval; None where they are two."""
+    if w.run["best_step"] is None:
+        return "no eval had finite losses in all sets"
+    if len(w.evals) == 1:
+        return "no eval after step 0: nothing to compare"
+    if compare.best_of(w) is w.evals[0]:
+        return "no eval of train.eval_every had a lower validation loss than the base model"
+    return None
 
 
 def _change(
@@ -164,17 +177,14 @@ def _change(
         out["decrease_pct"] = 100 * change / out["start"] if out["start"] else None
         share = 100 * (start - best) / start if out["start"] else start * math.nan
         out["decrease_pct_interval"] = interval(share)
-    conclusion = "no change that this set can show"
-    if w.run["best_step"] is None:
-        conclusion = "no eval had finite losses in all sets"
-    elif len(w.evals) == 1:
-        conclusion = "no eval after step 0: nothing to compare"
-    elif points["best"] is w.evals[0]:
-        conclusion = "no eval had a lower validation loss than the base model"
-    elif found is None:
-        conclusion = "no interval: it takes two examples and finite losses"
-    elif found[0] > 0 or found[1] < 0:
-        conclusion = f"{'fell' if found[1] < 0 else 'rose'} beyond its 95 % interval"
+    conclusion = _nothing_to_compare(w)
+    if conclusion is None:
+        if found is None:
+            conclusion = "no interval: it takes two examples and finite losses"
+        elif found[0] <= 0 <= found[1]:
+            conclusion = "no change that this set can show"
+        else:
+            conclusion = f"{'fell' if found[1] < 0 else 'rose'} beyond its 95 % interval"
     of = "nats per token" if column == "nll" else "share of tokens"
     return out | {
         "interval": found, "interval_of": INTERVAL_OF.format(of), "conclusion": conclusion
@@ -267,18 +277,21 @@ def _more_epochs(w: Workdir, draws: np.ndarray) -> dict[str, Any]:
     ended = (ended and w.config["optim"]["schedule"] != "constant") or share <= 0.01
     judged = before is not after and math.isfinite(share) and w.run["status"] != "nan"
     fell = found is not None and found[1] < 0
+    lowest = min(reversed(w.evals), key=lambda e: e.mean("validation", "nll"))
     change = "fell" if fell else "did not fall"
     because = (
         f"the validation loss {change} beyond its interval from step {before.step} to {after.step}"
     )
     if not judged:
         because = "it takes two evals, train lines and a run that stayed finite to judge"
+    elif fell and lowest is not after:
+        because += f", but it was lowest at step {lowest.step}"
     elif ended and fell:
         because += ", but the schedule had ended: plan a longer run with a longer schedule"
     elif ended:
         because += "; with the learning rate decayed that is no sign of convergence"
     return {
-        "recommended": judged and fell and not ended, "because": because,
+        "recommended": judged and fell and lowest is after and not ended, "because": because,
         "evals": [before.step, after.step], "interval": found, "lr_share_of_peak": share,
         "difference": after.mean("validation", "nll") - before.mean("validation", "nll"),
     }  # fmt: skip
@@ -323,8 +336,11 @@ def _by_kind(marked: dict[str, Any], sums: dict[str, np.ndarray]) -> dict[str, A
     return out
 
 
-def _classes(points: dict[str, Eval], split: str, sums: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Class accuracy of a split at each point, the change from start to best, and calibration."""
+def _classes(
+    points: dict[str, Eval], split: str, sums: dict[str, np.ndarray], nothing: str | None
+) -> dict[str, Any]:
+    """Class accuracy of a split at each point, the change from start to best, and calibration;
+    `nothing`: what _nothing_to_compare says."""
     right = {k: e.right(split) for k, e in points.items()}
     start, best = right["start"], right["best"]
     label, p = (points["best"].rows[split][k] for k in ("label", "label_p"))
@@ -350,9 +366,8 @@ def _classes(points: dict[str, Eval], split: str, sums: dict[str, np.ndarray]) -
         "gained": int((best & ~start).sum()),
         "lost": int((start & ~best).sum()),
         "p": chance,
-        "conclusion": f"{change}, p < 0.05"
-        if chance < 0.05
-        else "no change that this set can show",
+        "conclusion": nothing
+        or (f"{change}, p < 0.05" if chance < 0.05 else "no change that this set can show"),
         "confusion": confusion.tolist(),
         "reliability": reliability,
         "overconfidence": {"value": float(sure.mean() - best.mean()), "interval": over},

@@ -10,7 +10,8 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from gemma_lora.errors import UserError
-from gemma_lora.evaluate import column_names, read_table
+from gemma_lora.evaluate import column_names, label_is_likeliest, read_table
+from gemma_lora.workdir import ledger_files
 
 SPLITS = ("validation", "train_probe")
 MODEL = ("arch", "weights", "trainable_parameters", "base_parameters", "adapted_modules")
@@ -35,8 +36,8 @@ class Eval:
 
     def right(self, split: str) -> np.ndarray:
         """Per labelled example: is its own label the most probable one."""
-        label, p = (self.rows[split][k] for k in ("label", "label_p"))
-        return (p.argmax(-1) == label)[label >= 0]
+        rows = self.rows[split]
+        return label_is_likeliest(rows)[rows["label"] >= 0]
 
     def not_finite(self) -> list[str]:
         found = (r["id"][~np.isfinite(r["nll"])] for r in self.rows.values())
@@ -79,8 +80,8 @@ def read(workdir: pathlib.Path) -> Workdir:
     each = [lines["train"][step] for step in sorted(lines["train"])]
     train = {k: np.array([r.get(k) for r in each], float) for k in STEP}  # None becomes NaN
     ledger = workdir / "ledger"
-    first = _eval(ledger / "eval_000000.parquet", None)
-    evals = sorted((_eval(p, first) for p in ledger.glob("eval_*.parquet")), key=lambda e: e.step)
+    first = _eval(0, ledger / "eval_000000.parquet", None)
+    evals = [_eval(step, p, first) for step, p in ledger_files(workdir, "eval").items()]
     path = ledger / "examples.parquet"
     names = ("id", "split", "text", "completion", "length", "prompt_targets")
     examples: dict[str, dict[str, Any]] = {s: {} for s in (*SPLITS, "train")}
@@ -108,7 +109,7 @@ def _records(path: pathlib.Path, keys: tuple[str, ...]) -> tuple[list[dict[str, 
     return found, bool(rest)
 
 
-def _eval(path: pathlib.Path, first: Eval | None) -> Eval:
+def _eval(step: int, path: pathlib.Path, first: Eval | None) -> Eval:
     names = ("id", "split", "tokens", "nll", "nll_max", "correct", "label", "label_p")
     table = read_table(path, names).sort_by("id")
     whole = pyarrow.compute.any(pyarrow.compute.equal(table["split"], "train")).as_py()
@@ -122,7 +123,7 @@ def _eval(path: pathlib.Path, first: Eval | None) -> Eval:
         for name in ("id", "tokens") if first else ():
             if not np.array_equal(found[name], first.rows[split][name]):
                 raise UserError(f"{path}: {split} {name} differ from those of eval_000000.parquet")
-    return Eval(int(path.stem.removeprefix("eval_")), rows, bool(whole))
+    return Eval(step, rows, bool(whole))
 
 
 def _chosen(path: pathlib.Path, split: str, ids: list[str], column: str) -> dict[str, np.ndarray]:

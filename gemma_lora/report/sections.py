@@ -10,6 +10,7 @@ from typing import Any
 from gemma_lora.config import flat
 from gemma_lora.outliers import SCORES
 from gemma_lora.report.reading import SPLITS
+from gemma_lora.stats import FEW
 
 BROUGHT_UP = ("status", "steps", "steps_planned", "steps_per_epoch", "examples", "nan")
 IN_COST = ("phases", "peak_memory")
@@ -312,7 +313,7 @@ def _worst(r: dict[str, Any]) -> list[Block]:
     keys = ("loss", "loss_at_start", "tokens", "nll_max")
     blocks: list[Block] = [
         "By mean token loss at the best step. A mean over few tokens varies more, so short "
-        "completions reach the top more easily: Spearman's rank correlation of tokens and loss is "
+        "completions reach the top more easily. Spearman's rank correlation of tokens and loss is "
         f"{show(n['spearman'])}, interval {show(n['interval'])} (Fisher's z, Bonett & Wright "
         f"2000); the median example has {show(n['median'])} tokens, the median of those below "
         f"{show(n['median_worst'])}."
@@ -389,7 +390,7 @@ def _not_shown(r: dict[str, Any]) -> list[str]:
     return [
         f"Other seeds: the intervals cover the choice of the {show(r['evaluated']['validation'])} "
         "validation examples, not data order, initial adapters or dropout. With fewer than about "
-        "20 examples they are too narrow.",
+        f"{FEW} examples they are too narrow.",
         "An untouched test set: the best eval was chosen by the validation loss that is reported "
         "for it.",
         "Answers: everything here is teacher-forced. No text was generated, no answer was checked.",

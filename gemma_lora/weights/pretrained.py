@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from gemma_lora.arch import ARCHS, Arch, get_arch
 from gemma_lora.errors import UserError, nearest
+from gemma_lora.files import local_path
 from gemma_lora.files import sha256 as file_sha256
 from gemma_lora.model import Transformer
 from gemma_lora.sharding import tree_shardings
@@ -70,7 +71,7 @@ def open_weights(weights: str, arch: str, sha256: str = "", tokenizer: str = "")
         if source == "hf":
             base_name, _, revision = name.partition("@")
     else:
-        path = pathlib.Path(weights).expanduser()
+        path = local_path(weights)
         base_name = str(path)
     opener = _opener(weights, path)
     if sha256:
@@ -229,7 +230,7 @@ def _listed(facts: dict[str, Any]) -> Arch | None:
 
 
 def _tokenizer(path: str) -> Tokenizer:
-    place = pathlib.Path(path).expanduser()
+    place = local_path(path)
     if place.name == "tokenizer.json":
         place = place.parent  # what its special tokens are for stands in the files beside it
     return (Tokenizer.from_dir if place.is_dir() else Tokenizer.from_file)(place)

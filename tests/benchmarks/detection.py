@@ -41,6 +41,9 @@ def measure(score: np.ndarray, planted: np.ndarray, kind: str, seed: int = 0) ->
     drawn = [_resampled(int(s.sum()), seed, n) for n, s in enumerate((right, ~right))]
     once = [np.ones((1, w.shape[1]), np.float32) for w in drawn]
     values, draws = (_metrics(ranks[right], ranks[~right], *w) for w in (once, drawn))
+    # A planted row that is drawn twice ranks with itself, which raises the average precision.
+    average = METRICS.index("ap")
+    draws[:, average] += values[0, average] - draws[:, average].mean()
     return Measured(values[0], draws, int(missing.sum()))
 
 
