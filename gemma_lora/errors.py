@@ -1,6 +1,7 @@
 """The one exception a user is meant to read, and the helper that names near valid choices."""
 
 import difflib
+import errno
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
@@ -23,17 +24,18 @@ def nearest(got: str, valid: Iterable[str]) -> str:
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Runs an entry point; a UserError becomes 'error: ...' on stderr and exit status 2."""
+    """Runs an entry point; a UserError, or what the system says of a file or disk, becomes
+    'error: ...' on stderr and exit status 2."""
     try:
         main()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    except OSError as e:
-        if not e.filename:
+    except OSError as e:  # of a file or disk: unreadable, gone, full (which names no file)
+        if not e.filename and e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        # The one file that everything waited for: unreadable, full, gone.
-        print(f"error: {e.filename}: {e.strerror}", file=sys.stderr, flush=True)
+        where = f"{e.filename}: " if e.filename else ""
+        print(f"error: {where}{e.strerror}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -99,7 +99,12 @@ def replace_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
             old = temporary.with_name(f"{temporary.name}.old")
             if path.exists():
                 os.replace(path, old)  # a directory that is full cannot be replaced
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if old.exists():
+                    os.replace(old, path)
+                raise
             shutil.rmtree(old, ignore_errors=True)
             return
         if path.exists():

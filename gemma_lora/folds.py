@@ -25,7 +25,7 @@ from gemma_lora.data.dataset import Dataset
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError
 from gemma_lora.evaluate import completion_part
-from gemma_lora.files import path_argument
+from gemma_lora.files import path_argument, require_writable
 from gemma_lora.metrics import say
 from gemma_lora.optim import optimizer
 from gemma_lora.reopen import reopen
@@ -64,6 +64,7 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
     """Makes the folds that are missing; returns the columns of scores.parquet, in id order."""
     distributed.agree("--folds", str(folds))
     opened = reopen(workdir)
+    require_writable(workdir / "folds" / "scores.parquet")
     config, wrap, mesh = opened.config, opened.wrap, opened.mesh
     model, train_set = opened.model, opened.train_set
     if wrap.reads_base:

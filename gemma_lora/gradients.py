@@ -34,7 +34,7 @@ from gemma_lora.data.dataset import Dataset, shapes
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.evaluate import write_table
-from gemma_lora.files import path_argument
+from gemma_lora.files import path_argument, require_writable
 from gemma_lora.loss import Sweep
 from gemma_lora.metrics import say
 from gemma_lora.model import Transformer
@@ -174,6 +174,7 @@ def run(workdir: pathlib.Path, which: str, m: int) -> dict[str, Any]:
     if m < 1:
         raise UserError(f"--dimension is {m}, expected at least 1")
     opened = reopen(workdir, which)
+    require_writable(workdir / "gradients.parquet")
     base = jax.block_until_ready(load_base(opened.pretrained, opened.model, opened.mesh))
     step, lora, base = restored(opened, workdir, which, base)
     say(f"   gradients under the adapters of step {step}")

@@ -4,7 +4,8 @@
         [--examples N] [--prices FILE] [--largest] [--leaves] [--json] [--config.key=value ...]
 
 needs the package libtpu and no TPU; --topology cpu:8 takes eight devices of this host. It reads
-neither weights nor data sets (of a data.path it counts the examples). A price file:
+neither weights nor data sets (it counts the examples of data.path and data.validation_path).
+A price file:
 {"source": "https://...", "date": "2026-01-31", "currency": "USD", "chip_hour": {"v5e": 1.2}}.
 """
 
@@ -379,10 +380,11 @@ def main() -> None:
         return
     for job in jobs if asked.largest else ():
         if job.chip is None:
+            _mesh(job)  # says so where there is no such topology
             raise UserError(f"--largest: the memory of a {job.topology} is not known")
     prices = read_prices(asked.prices) if asked.prices else None
     examples = asked.examples or count_examples(config)
-    if examples:
+    if examples and any(job.chip for job in jobs):
         _steps(config, examples)  # may refuse the validation file: not after minutes of compiling
     rows = []
     for job in jobs:

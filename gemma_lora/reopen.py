@@ -13,7 +13,6 @@ from gemma_lora.config import check
 from gemma_lora.data.dataset import Dataset
 from gemma_lora.data.pipeline import load_data
 from gemma_lora.errors import UserError
-from gemma_lora.files import require_writable
 from gemma_lora.lora import LoRAConfig, started_from_base
 from gemma_lora.model import Transformer
 from gemma_lora.optim import optimizer
@@ -42,7 +41,6 @@ def reopen(workdir: pathlib.Path, which: str = "0") -> Run:
 
     which: the one of STEPS to be `restored` later, which a workdir without a checkpoint lacks.
     """
-    require_writable(workdir / "unprompted.parquet")  # as all that it is opened for
     checkpoints = workdir / "checkpoints"
     if which != "0" and not any(p.name.isdigit() for p in checkpoints.glob("*")):
         raise UserError(f"{checkpoints} holds no checkpoint: expected a run's workdir, or --step 0")

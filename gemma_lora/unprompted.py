@@ -29,7 +29,7 @@ from gemma_lora.data.examples import Example
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.evaluate import ledger_rows, write_table
-from gemma_lora.files import path_argument
+from gemma_lora.files import path_argument, require_writable
 from gemma_lora.metrics import say
 from gemma_lora.outliers import read_ledger
 from gemma_lora.reopen import STEPS, Run, reopen, restored
@@ -79,6 +79,7 @@ def losses(opened: Run, lora: Any, base: Any, examples: list[Example]) -> np.nda
 def run(workdir: pathlib.Path, which: str) -> dict[str, Any]:
     """Writes unprompted.parquet; returns its columns, in id order."""
     opened = reopen(workdir, which)
+    require_writable(workdir / "unprompted.parquet")
     ledger = read_ledger(workdir)
     examples = sorted(opened.train_set.examples, key=lambda e: e.id)
     there = np.array([1 <= e.answer_from < len(e.tokens) for e in examples])

@@ -3,7 +3,7 @@
 config.json, run.json, metrics.jsonl, checkpoints/, ledger/ (Parquet), adapter/ (PEFT),
 report.json, report.md, report.html, learning_curve.png, tensorboard/. What other commands leave:
 folds/, unprompted.parquet, gradients.parquet, outliers.parquet, outliers.md, review.csv and
-review.html.
+review.html. And .lock, which is held while a process trains there.
 """
 
 import fcntl
@@ -28,9 +28,9 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> boo
 
     A start that failed before its first checkpoint does not bind; nor does the mesh, so that a run
     can go on with other devices. Raises UserError when it belongs to another run (naming the keys
-    that differ), is not a directory, cannot be written, or has less free space than `need_bytes`;
-    on several processes also where they have not all the same config, or where one of them sees
-    another directory than process 0.
+    that differ) or process, is not a directory, cannot be written, or has less free space than
+    `need_bytes`; on several processes also where they have not all the same config, or where one of
+    them sees another directory than process 0.
     """
     distributed.agree("the config", json.dumps(config, sort_keys=True))
     begun = _claim(workdir, config, need_bytes) if jax.process_index() == 0 else False
@@ -82,9 +82,10 @@ def _claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> bo
 
 
 def _lock(workdir: pathlib.Path) -> None:
-    """Refuses a workdir in which a living process trains: two would undo each other's files.
+    """Refuses a local workdir in which a living process trains: two would undo each other's files.
 
-    The lock is of the process, which trains in one workdir at a time, and goes with it.
+    The lock is of the process, which trains in one workdir at a time, and goes with it. Of a bucket
+    or a file system without locks nothing is known.
     """
     global _locked
     if _locked:

@@ -1,5 +1,6 @@
 """What many tests share: tiny models on our tree, and batches from token arrays."""
 
+import contextlib
 import functools
 import importlib
 import json
@@ -8,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +27,15 @@ from gemma_lora.sharding import make_mesh, tree_shardings
 from gemma_lora.step import Batch
 from gemma_lora.weights import mapping, peft
 from gemma_lora.weights.hf import Safetensors
+
+
+@contextlib.contextmanager
+def all_passes() -> Iterator[None]:
+    """Compiles as for a user, also where the environment asks for few optimisations."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def live(module: str):
@@ -54,7 +65,6 @@ def on_eight_devices(script: str) -> None:
             **os.environ,
             "XLA_FLAGS": flags,
             "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes most of the time
             "PYTHONPATH": os.pathsep.join((str(here), str(here.parent))),
         },
         capture_output=True,

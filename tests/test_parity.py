@@ -177,17 +177,14 @@ def real():
     config.dtype = "float32"
     mesh = common.one_device()
     model = build_model(pretrained.arch, config, no_wrap)
-    # Of this size running takes longer than compiling.
-    fewer = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield SimpleNamespace(
-        model=model,
-        base=load_base(pretrained, model, mesh),
-        tokenizer=pretrained.tokenizer(),
-        config=config,
-        mesh=mesh,
-    )
-    jax.config.update("jax_disable_most_optimizations", fewer)
+    with common.all_passes():  # of this size running takes longer than compiling
+        yield SimpleNamespace(
+            model=model,
+            base=load_base(pretrained, model, mesh),
+            tokenizer=pretrained.tokenizer(),
+            config=config,
+            mesh=mesh,
+        )
 
 
 @pytest.mark.parametrize("source", SOURCES)

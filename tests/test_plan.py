@@ -209,6 +209,8 @@ SMALL = tiny.TINY["gemma2"] | {
 @pytest.fixture
 def tpu_compiler():
     common.needs("libtpu")
+    with common.all_passes():
+        yield
 
 
 @pytest.mark.usefixtures("tpu_compiler")

@@ -31,7 +31,7 @@ def compared(here: Workdir, there: Workdir) -> dict[str, Any]:
             f"{len(a['id']) - len(ids)} validation examples of this run and "
             f"{len(b['id']) - len(ids)} of the other are left out, the other run lacks them"
         )
-    if len(ids) < FEW:
+    if not obstacles and len(ids) < FEW:
         cautions.append(
             f"they share {len(ids)} validation examples: with fewer than about {FEW} the "
             "intervals are too narrow"

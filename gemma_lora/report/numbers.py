@@ -346,7 +346,8 @@ def _classes(
     label, p = (points["best"].rows[split][k] for k in ("label", "label_p"))
     label, p = label[label >= 0], p[label >= 0]
     confusion = np.zeros((p.shape[1],) * 2, int)
-    np.add.at(confusion, (label, p.argmax(-1)), 1)
+    known = np.isfinite(p).all(-1)
+    np.add.at(confusion, (label[known], p[known].argmax(-1)), 1)
     chance = mcnemar(start, best)
     change = "rose" if best.sum() > start.sum() else "fell"
     sure = p.max(-1)
