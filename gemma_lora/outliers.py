@@ -320,25 +320,25 @@ def markdown(
     shares = {k: share(columns[k]) for k in names}
     for place, i in enumerate(worst, 1):
         shown = ", ".join(f"{k} {columns[k][i]:.3g} ({shares[k][i]:.3f})" for k in names)
-        lines += ["", f"## {place}. {columns['id'][i]}: {categories[i]}", "", shown, ""]
+        lines += ["", f"## {place}. {_code(columns['id'][i])}: {categories[i]}", "", shown, ""]
         lines += [f"{rule}: {why}\n" for rule, why in broken.get(columns["id"][i], {}).items()]
         lines += ["    " + line for line in texts[i].splitlines()]
         if near := neighbours.get(columns["id"][i]):
             lines += ["", "The training examples with the most alike gradients:", ""]
-            lines += [f"- {j}, cosine {c:.3f}: `{_begins(text_of[j])}`" for j, c in near]
+            lines += [f"- {_code(j)}, cosine {c:.3f}: {_code(text_of[j][:120])}" for j, c in near]
     lines += [*shared, "", f"# {len(broken)} training examples that break a rule", ""]
     lines += [f"- `{k}`: {v}" for k, v in rules.RULES.items()]
     lines += [""]
     lines += [
-        f"- {example}: {'; '.join(f'{rule}: {why}' for rule, why in found.items())}"
+        f"- {_code(example)}: {'; '.join(f'{rule}: {why}' for rule, why in found.items())}"
         for example, found in sorted(broken.items())
     ]
     return "\n".join(lines) + "\n"
 
 
-def _begins(text: str) -> str:
-    """The first 120 characters, as one line of code in Markdown."""
-    return " ".join(text[:120].replace("`", "'").split())
+def _code(text: str) -> str:
+    """One line of code in Markdown, which reads nothing else into an id or a text."""
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
 
 
 def mine(

@@ -34,6 +34,8 @@ from gemma_lora.step import State, forward, make_train_step
 from gemma_lora.weights import peft
 from gemma_lora.weights.mapping import flatten
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 NAME = "qwen2"
 TARGETS = "(q|o|up)_proj"  # every order of axes: fewer modules compile faster
 PATTERNS = {

@@ -38,11 +38,7 @@ from gemma_lora.tokenizer import Tokenizer
 from gemma_lora.weights import mapping, peft
 from gemma_lora.weights.pretrained import load_base, open_weights
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with tiny_run.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture

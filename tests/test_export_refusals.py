@@ -4,18 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_run
 from tiny_export import edit, write_run
 
 from gemma_lora import export
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.weights import mapping, peft
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with tiny_run.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ from gemma_lora.model import head_weight, logits
 from gemma_lora.optim import optimizer
 from gemma_lora.step import State, init_state, make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 NAME, M = "gemma3", 64
 
 
@@ -199,9 +201,9 @@ def test_what_the_command_writes(run):
     assert list(columns["grad_norm"]) == [rows[i]["grad_norm"] for i in columns["id"]]
     assert list(columns["grad_misfit"]) == [rows[i]["grad_misfit"] for i in columns["id"]]
     page = (run / "outliers.md").read_text()
-    part = page.partition(". copy: ")[2].partition("\n## ")[0]
+    part = page.partition(". `copy`: ")[2].partition("\n## ")[0]
     texts = {e["id"]: e["text"] for e in outliers.read_examples(run, "train")}
-    assert f"- 1+2, cosine 1.000: `{' '.join(texts['1+2'].split())}`" in part
+    assert f"- `1+2`, cosine 1.000: `{' '.join(texts['1+2'].split())}`" in part
     assert part.count("cosine") == 5
     assert "The adapters of step 8 made `grad_norm` and `grad_misfit`." in page
 

@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
-import tiny_run
 from tiny_tokenizer import CORPUS, write_qwen, write_sentencepiece
 
 from gemma_lora.arch import Arch
@@ -19,6 +18,8 @@ from gemma_lora.model import Transformer
 from gemma_lora.sharding import tree_shardings
 from gemma_lora.tokenizer import Tokenizer
 from gemma_lora.weights import hub, keras, mapping
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 if "keras" not in sys.modules:
     os.environ["KERAS_BACKEND"] = "jax"
@@ -85,12 +86,6 @@ BACKBONES = {
         {"family": "qwen2", "tied": False, "kv_heads": 1, "rope_base": 1e4},
     ),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with tiny_run.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 def backbone(name: str, **more):

@@ -18,6 +18,8 @@ from gemma_lora.model import Transformer
 from gemma_lora.step import forward
 from gemma_lora.weights.mapping import flatten
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 NAME = "gemma3"
 
 

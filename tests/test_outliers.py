@@ -228,6 +228,7 @@ def test_what_the_command_writes(run, tmp_path):
     assert table.column_names == [*columns, "rules", "category"] and len(table) == 18
     page = (run / "outliers.md").read_text()
     assert page.startswith("# The 4 most suspicious of 18") and page.count("\n## ") == 4
+    assert f"\n## 1. `{columns['id'][order[0]]}`: " in page
     assert all(f"`{k}`" in page for k in columns if k in outliers.SCORES)
     c = tiny_run.settings(run.parent, {"data.exclude": str(worst), "train.max_steps": 2})
     told = tiny_run.run(tmp_path / "next", c)
