@@ -135,14 +135,20 @@ def _peak(facts: dict[str, Any]) -> int:
     return sum(facts[k] for k in HELD)
 
 
+def _chip(job: Job) -> Chip:
+    if job.chip is None:
+        _mesh(job)  # says so where there is no such topology
+        raise UserError(f"--largest: the memory of a {job.topology} is not known")
+    return job.chip
+
+
 def largest(job: Job) -> dict[str, Any]:
     """The most rows a device that fit a training step: {'rows': fits, 'too_many': does not}.
 
     Between two sizes whose memory is known it compiles where a line through them meets the chip's
     memory, and in the middle, in turn, until they are neighbours.
     """
-    mesh, chip = _mesh(job), job.chip
-    assert chip is not None  # main has asked
+    mesh, chip = _mesh(job), _chip(job)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     unit = ways * job.config.train.micro_batches  # what the rows of a batch must divide by
     known: dict[int, int] = {}
@@ -379,13 +385,11 @@ def main() -> None:
             print(f"{job.topology}: bytes a device", *leaves(trees), sep="\n")
         return
     for job in jobs if asked.largest else ():
-        if job.chip is None:
-            _mesh(job)  # says so where there is no such topology
-            raise UserError(f"--largest: the memory of a {job.topology} is not known")
+        _chip(job)  # before minutes of compiling
     prices = read_prices(asked.prices) if asked.prices else None
     examples = asked.examples or count_examples(config)
     if examples and any(job.chip for job in jobs):
-        _steps(config, examples)  # may refuse the validation file: not after minutes of compiling
+        _steps(config, examples)  # may refuse the validation file
     rows = []
     for job in jobs:
         rows.append(plan(job, examples, prices))

@@ -34,8 +34,10 @@ def all_passes() -> Iterator[None]:
     """Compiles as for a user, also where the environment asks for few optimisations."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def live(module: str):

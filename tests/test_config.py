@@ -386,23 +386,41 @@ def test_no_home_directory():
     assert "~nobody-here/x" in message(files.path_of, "~nobody-here/x")
 
 
-def test_an_error_of_the_system_is_one_line(capsys):
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "/not/there"),
+         "error: /not/there: No such file or directory\n"),
+        (OSError(28, "No space left on device"), "error: No space left on device\n"),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_system_is_one_line(capsys, raised, said):
     def main():
-        pathlib.Path("/not/there").read_text(encoding="utf-8")
+        raise raised
 
     with pytest.raises(SystemExit) as end:
         errors.run_main(main)
     assert end.value.code == 2
-    assert capsys.readouterr().err == "error: /not/there: No such file or directory\n"
+    assert capsys.readouterr().err == said
 
 
-def test_replace_directory_keeps_the_old_one_when_the_block_fails(tmp_path):
-    path = tmp_path / "x"
+def test_replace_directory_keeps_the_old_one_when_it_fails(tmp_path, monkeypatch):
+    path, replace = tmp_path / "x", os.replace
     for text in ("old", "new"):
         with files.replace_directory(path) as temporary:
             (temporary / text).touch()
     with pytest.raises(KeyError), files.replace_directory(path):
         raise KeyError
+    assert entries(path) == ["new"] and entries(tmp_path) == ["x"]
+
+    def refuse(source, target):
+        if target == path and not str(source).endswith(".old"):
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", refuse)
+    with pytest.raises(OSError, match="Input/output"), files.replace_directory(path):
+        pass
     assert entries(path) == ["new"] and entries(tmp_path) == ["x"]
 
 

@@ -192,8 +192,12 @@ def test_leaves_on_the_command_line():
     assert done.returncode == 0, done.stderr
     (up,) = [x for x in done.stdout.splitlines() if x.startswith("base/layers/mlp/up_proj/w ")]
     assert up.split()[-3:] == ["23,592,960", "of", "47,185,920"]
-    for topology, words in (("cpu:x", "topology 'cpu:x'"), ("cpu:16", "data.batch_size is 8")):
-        wrong = subprocess.run([sys.executable, *line.replace("cpu:2", topology).split()],
+    for change, words in (
+        (("cpu:2", "cpu:x"), "topology 'cpu:x'"),
+        (("cpu:2", "cpu:16"), "data.batch_size is 8"),
+        (("--leaves", "--largest --examples=9"), "the memory of a cpu:2 is not known"),
+    ):
+        wrong = subprocess.run([sys.executable, *line.replace(*change).split()],
                                capture_output=True, text=True)  # fmt: skip
         assert wrong.returncode == 2 and words in wrong.stderr
         assert "Traceback" not in wrong.stderr
