@@ -152,8 +152,7 @@ class Transformer(nn.Module):
 
     def abstract(self) -> dict[str, Any]:
         """Shapes, dtypes and axis names of every variable, without allocating anything."""
-        token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        return jax.eval_shape(self.init, jax.random.key(0), token, token, token)
+        return _abstract(self)
 
 
 class Table(nn.Module):
@@ -166,6 +165,12 @@ class Table(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         return self.param("w", self.init_fn, self.shape, self.param_dtype)
+
+
+@functools.lru_cache(8)  # a start asks several times, of one or two models
+def _abstract(model: Transformer) -> dict[str, Any]:
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), token, token, token)
 
 
 def head_weight(params: dict[str, Any], arch: Arch) -> jax.Array:

@@ -30,14 +30,21 @@ from gemma_lora.weights.hf import Safetensors
 
 
 @contextlib.contextmanager
-def all_passes() -> Iterator[None]:
-    """Compiles as for a user, also where the environment asks for few optimisations."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
+def jax_settings(**settings: Any) -> Iterator[None]:
+    """Other settings of JAX for a while."""
+    before = {name: jax.config.values[name] for name in settings}
     try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def all_passes() -> contextlib.AbstractContextManager[None]:
+    """Compiles as for a user, also where the environment asks for few optimisations."""
+    return jax_settings(jax_disable_most_optimizations=False)
 
 
 def live(module: str):

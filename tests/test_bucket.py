@@ -118,7 +118,7 @@ def test_an_export_to_a_bucket_is_refused(bucket):
 def test_a_run_in_a_bucket_is_the_local_run(bucket, beside, tmp_path):
     """Interrupted, continued and mined; its data are in the bucket, too."""
     changes = {"train.ledger_every": 4, "train.save_every": 2}
-    with tiny_run.quick_compilation(tmp_path / "cache"):
+    with tiny_run.quick_compilation():
         inputs = tiny_run.write_inputs(tmp_path / "inputs")
         local, there = tmp_path / "run", bucket / "runs" / "one"
         tiny_run.run(local, tiny_run.settings(inputs, changes))

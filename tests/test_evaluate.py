@@ -35,7 +35,7 @@ def command(module: str, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    with tiny_run.quick_compilation(tmp_path_factory.mktemp("compiled")):
+    with tiny_run.quick_compilation():
         yield tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"))
 
 

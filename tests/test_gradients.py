@@ -158,7 +158,7 @@ def test_completion_alone():
 def run(tmp_path_factory) -> Iterator[Path]:
     """Eight steps on 18 examples and a copy of one; best at 8, and a checkpoint after it."""
     directory = tmp_path_factory.mktemp("gradients")
-    with tiny_run.quick_compilation(directory / "cache"):
+    with tiny_run.quick_compilation():
         inputs = tiny_run.write_inputs(directory)
         copy = {"id": "copy", "question": "1 + 2", "answer": "It is 3."}
         with open(inputs / "train.jsonl", "a", encoding="utf-8") as f:

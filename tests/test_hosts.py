@@ -35,7 +35,7 @@ from gemma_lora.data.dataset import Dataset
 from gemma_lora.metrics import Metrics
 
 faulthandler.dump_traceback_later(540, exit=True)  # says where it hangs, if it does
-inputs, workdir, changes, at, who, number, compiled = json.loads(sys.argv.pop(1))
+inputs, workdir, changes, at, who, number = json.loads(sys.argv.pop(1))
 write, batch_at = Metrics.write, Dataset.batch_at
 found = {}
 
@@ -59,7 +59,7 @@ def patched_write(self, record, line):
 
 def main():
     Metrics.write, Dataset.batch_at = patched_write, patched_batch_at
-    with tiny_run.quick_compilation(pathlib.Path(compiled)):
+    with tiny_run.quick_compilation():
         train.train(tiny_run.settings(pathlib.Path(inputs), changes), pathlib.Path(workdir))
     read = {step: sorted(indices) for step, indices in found.items()}
     pathlib.Path(f"{workdir}.read{jax.process_index()}").write_text(json.dumps(read))
@@ -111,13 +111,12 @@ CHANGES = {"data.batch_size": 8, "train.save_every": 1}
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    with tiny_run.quick_compilation(tmp_path_factory.mktemp("compiled")):
+    with tiny_run.quick_compilation():
         yield tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def two(inputs, workdir, at=0, who=0, number=0) -> list[tuple[int, str, float]]:
-    compiled = jax.config.jax_compilation_cache_dir
-    one = [str(inputs), str(workdir), CHANGES | MESH, at, who, number, compiled]
+    one = [str(inputs), str(workdir), CHANGES | MESH, at, who, number]
     return together(TRAIN, [[json.dumps(one)]] * 2)
 
 
@@ -184,7 +183,6 @@ def test_a_lost_process_stops_the_other_and_the_run_goes_on(straight, inputs, tm
     assert left(run) == left(straight)
 
     one = [str(inputs), str(tmp_path / "eight"), CHANGES, 0, 0, 0]
-    one.append(jax.config.jax_compilation_cache_dir)
     alone = start(TRAIN, [json.dumps(one)], [], 8)
     output = alone.communicate(timeout=600)[0]
     assert alone.returncode == 0, output[-3000:]
@@ -197,10 +195,10 @@ import json, pathlib, sys
 import tiny_run
 from gemma_lora import distributed, evaluate
 
-inputs, out, changes, compiled = json.loads(sys.argv.pop(1))
+inputs, out, changes = json.loads(sys.argv.pop(1))
 
 def main():
-    with tiny_run.quick_compilation(pathlib.Path(compiled)):
+    with tiny_run.quick_compilation():
         config = tiny_run.settings(pathlib.Path(inputs), changes)
         print(json.dumps(evaluate.evaluate(config, pathlib.Path(out), None)))
 
@@ -210,8 +208,7 @@ distributed.run(main)
 
 def test_an_evaluation_by_two_processes_is_that_of_one(inputs, tmp_path):
     changes = CHANGES | {"data.path": str(inputs / "validation.jsonl")}
-    compiled = jax.config.jax_compilation_cache_dir
-    job = json.dumps([str(inputs), str(tmp_path / "two"), changes | MESH, compiled])
+    job = json.dumps([str(inputs), str(tmp_path / "two"), changes | MESH])
     ended = together(EVALUATE, [[job]] * 2)
     assert [status for status, *_ in ended] == [0, 0], ended[0][1][-3000:] + ended[1][1][-3000:]
     first, second = (json.loads(output.splitlines()[-1]) for _, output, _ in ended)

@@ -25,7 +25,7 @@ EVALS = (0, 2, 4, 6, 8)
 def run(tmp_path_factory) -> Iterator[Path]:
     """A run of eight steps that looked at all training examples every two of them."""
     directory = tmp_path_factory.mktemp("outliers")
-    with tiny_run.quick_compilation(directory / "cache"):
+    with tiny_run.quick_compilation():
         inputs = tiny_run.write_inputs(directory)
         tiny_run.run(directory / "run", tiny_run.settings(inputs, {"train.ledger_every": 2}))
         folds.run(directory / "run", 2)

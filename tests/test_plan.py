@@ -260,7 +260,10 @@ def test_a_tpu_takes_the_same_products_however_the_rows_are_cut(attention, tmp_p
     for micro_batches in (1, 4):
         changes = {"data.seq_len": 256, "data.batch_size": 16, "attention": attention}
         changes |= {"dtype": "bfloat16", "train.micro_batches": micro_batches}
-        row = plan.plan(plan.Job(Arch.from_hf(SMALL), config_of(**changes), "v5e:2x2"), None, None)
+        job = plan.Job(Arch.from_hf(SMALL), config_of(**changes), "v5e:2x2")
+        # How the rest is optimised changes no product, and takes most of the compiler's time.
+        with common.jax_settings(jax_exec_time_optimization_effort=-1.0):
+            row = plan.plan(job, None, None)
         assert row["attention"].startswith(attention)
         assert (row["train"]["attention"] > 0) == (attention == "splash")
         found.append([row[step]["flops"] for step in ahead.STEPS])

@@ -104,7 +104,7 @@ def models(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiny.TINY, "qwen2", tiny.TINY["qwen2"] | {"vocab_size": 512})
         tiny_tokenizer.write_qwen(tiny.write_tiny("qwen2", root / "qwen2"))
-    with tiny_run.quick_compilation(root / "cache"):
+    with tiny_run.quick_compilation():
         yield root
 
 

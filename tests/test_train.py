@@ -31,7 +31,7 @@ from gemma_lora.weights.pretrained import build_model, load_base, open_weights
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    with tiny_run.quick_compilation(tmp_path_factory.mktemp("compiled")):
+    with tiny_run.quick_compilation():
         yield tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
@@ -233,15 +233,15 @@ def patched(self, record, line):
         os.kill(os.getpid(), signal.SIGKILL)
     write(self, record, line)
 Metrics.write = patched
-with tiny_run.quick_compilation(sys.argv[2]):
-    tiny_run.run(pathlib.Path(sys.argv[4]), tiny_run.settings(pathlib.Path(sys.argv[3])))
+with tiny_run.quick_compilation():
+    tiny_run.run(pathlib.Path(sys.argv[3]), tiny_run.settings(pathlib.Path(sys.argv[2])))
 """
 
 
 def test_sigkill_and_rerun_equals_straight(straight, inputs, tmp_path):
     """A save may be under way when the process dies."""
-    workdir, compiled = tmp_path / "run", jax.config.jax_compilation_cache_dir
-    arguments = [str(Path(__file__).parent), compiled, str(inputs), str(workdir)]
+    workdir = tmp_path / "run"
+    arguments = [str(Path(__file__).parent), str(inputs), str(workdir)]
     done = subprocess.run([sys.executable, "-c", SIGKILL, *arguments], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     (workdir / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()  # what a dying save leaves

@@ -52,7 +52,7 @@ def test_what_is_left_of_examples():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("unprompted")
-    with tiny_run.quick_compilation(directory / "cache"):
+    with tiny_run.quick_compilation():
         changes = {"train.ledger_every": 4, "data.loss_on": "all"}
         inputs = tiny_run.write_inputs(directory)
         tiny_run.run(directory / "run", tiny_run.settings(inputs, changes))

@@ -225,7 +225,7 @@ def tiny_batches(
 
 
 def text_batches(
-    ids: np.ndarray, seed: int = 0, steps: int = 20, rows: int = 2, length: int = 128
+    ids: np.ndarray, seed: int = 0, steps: int = 20, rows: int = 2, length: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and loss mask [steps, rows, length]: random windows of `ids`, each after ids[0]."""
     starts = _rng(f"windows/{seed}").integers(1, len(ids) - length + 2, (steps, rows, 1))

@@ -3,11 +3,12 @@
 import contextlib
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
+import common
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -17,22 +18,23 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from gemma_lora import config, train
 
+COMPILED = "GEMMA_LORA_TESTS_COMPILED"  # names the directory of programs that the tests share
+
 
 @contextlib.contextmanager
-def quick_compilation(directory: Path) -> Iterator[None]:
-    """Compiles with few optimisations, and keeps the results for equal programs."""
-    settings = {
-        "jax_compilation_cache_dir": str(directory),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for moment, values in enumerate((settings, before)):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()  # jax looks at its settings once
-        if moment == 0:
+def quick_compilation() -> Iterator[None]:
+    """Compiles with few optimisations, and equal programs once in all processes of the tests."""
+    try:
+        with common.jax_settings(
+            jax_compilation_cache_dir=os.environ[COMPILED],
+            jax_compilation_cache_max_size=2**30,  # with a limit JAX locks what processes share
+            jax_persistent_cache_min_compile_time_secs=0.1,
+            jax_disable_most_optimizations=True,
+        ):
+            compilation_cache.reset_cache()  # JAX looks at its settings once
             yield
+    finally:
+        compilation_cache.reset_cache()
 
 
 def write_inputs(directory: Path) -> Path:
