@@ -23,7 +23,7 @@ from gemma_lora import hlo
 from gemma_lora.arch import Arch
 from gemma_lora.errors import UserError
 from gemma_lora.files import cache_dir, write_text
-from gemma_lora.lora import LoRAConfig
+from gemma_lora.lora import LoRAConfig, check_targets
 from gemma_lora.optim import optimizer
 from gemma_lora.sharding import batch_sharding, tree_shardings
 from gemma_lora.step import jit_eval_step, jit_train_step, state_maker
@@ -68,8 +68,10 @@ def abstract(arch: Arch, config: Any, mesh: Mesh) -> dict[str, Any]:
 
 
 def _setting(arch: Arch, config: Any, mesh: Mesh, rows: int, length: int):
-    model = build_model(arch, config, LoRAConfig(**config.lora), mesh)
+    wrap = LoRAConfig(**config.lora)
+    model = build_model(arch, config, wrap, mesh)
     boxed = model.abstract()["params"]
+    check_targets(wrap, nn.unbox(boxed))
 
     def on(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

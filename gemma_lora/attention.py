@@ -5,11 +5,12 @@ Letters as in layers.py. All take q [B,T,N,H] (already scaled) and k [B,T,K,H] i
 float32.
 """
 
+import collections
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jax.sharding import Mesh
 
 from gemma_lora.arch import Arch
@@ -53,6 +54,18 @@ def choose(
         return ("block" if length > BLOCK else "reference"), ""
     best = "splash" if platform == "tpu" else "cudnn"
     return ("reference", f"not {best}: {against[best]}") if against[best] else (best, "")
+
+
+def chosen(
+    name: str, arch: Arch, dtype: jnp.dtype, lengths: Iterable[int], mesh: Mesh | None
+) -> str:
+    """What `choose` gives for rows of these lengths, in words."""
+    found = collections.defaultdict(list)
+    for length in sorted(set(lengths)):
+        found[", ".join(filter(None, choose(name, arch, dtype, length, mesh)))].append(str(length))
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{said} (rows of {', '.join(t)})" for said, t in found.items())
 
 
 def _against_cudnn(arch: Arch, length: int, device: jax.Device, mesh: Mesh | None) -> str:
@@ -184,6 +197,9 @@ def splash(
 
     It skips blocks of keys that causality or the window hides, and holds no [T,S] array.
     """
+    # A quarter of a second, which other platforms need not spend.
+    from jax.experimental.pallas.ops.tpu import splash_attention as pallas
+
     length = q.shape[1]
     lanes = 128  # the kernel's blocks are multiples of it
     whole = -(-length // lanes) * lanes

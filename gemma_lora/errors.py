@@ -24,8 +24,8 @@ def nearest(got: str, valid: Iterable[str]) -> str:
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Runs an entry point; a UserError, or what the system says of a file or disk, becomes
-    'error: ...' on stderr and exit status 2."""
+    """Runs an entry point; a UserError, what the system says of a file or disk, or that a device's
+    memory is too small becomes 'error: ...' on stderr and exit status 2."""
     try:
         main()
     except UserError as e:
@@ -36,6 +36,17 @@ def run_main(main: Callable[[], None]) -> NoReturn:
             raise
         where = f"{e.filename}: " if e.filename else ""
         print(f"error: {where}{e.strerror}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except RuntimeError as e:  # of JAX, of which this module imports nothing
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        print(
+            f"error: the memory of a device does not suffice: {str(e).splitlines()[0]}; fewer "
+            "data.batch_size or data.seq_len, more train.micro_batches, remat=full and "
+            "quantize=int8 need less, and python -m gemma_lora.plan tells how much",
+            file=sys.stderr,
+            flush=True,
+        )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -151,19 +151,22 @@ def part_of(rows: dict[str, np.ndarray], ids: set[str], split: str) -> dict[str,
 def metrics(rows: dict[str, np.ndarray], batch_size: int) -> dict[str, float]:
     """Token-weighted loss and accuracy of ledger rows, and TRL's versions under their own names.
 
-    TRL's eval_loss and eval_mean_token_accuracy are unweighted means of per-batch token means, so
-    they depend on the batch size. In classification also class_accuracy: how often the row's own
-    label word is the most probable one.
+    TRL's eval_loss and eval_mean_token_accuracy are means of per-batch token means, so they depend
+    on the batch size: eval_loss, transformers' own, by the examples of a batch (which the last may
+    have fewer of), the accuracy unweighted. In classification also class_accuracy: how often the
+    row's own label word is the most probable one.
     """
     tokens, nll, correct = (rows[k].astype(np.float64) for k in ("tokens", "nll", "correct"))
     groups = np.arange(0, len(tokens), batch_size)
-    per_batch = np.add.reduceat(tokens, groups)
+    per_batch, examples = (np.add.reduceat(x, groups) for x in (tokens, np.ones_like(tokens)))
     found = {
         "loss": float(nll.sum() / tokens.sum()),
         "token_accuracy": float(correct.sum() / tokens.sum()),
         "tokens": int(tokens.sum()),
         "examples": len(tokens),
-        "trl_compat/eval_loss": float(np.mean(np.add.reduceat(nll, groups) / per_batch)),
+        "trl_compat/eval_loss": float(
+            np.average(np.add.reduceat(nll, groups) / per_batch, weights=examples)
+        ),
         "trl_compat/eval_mean_token_accuracy": float(
             np.mean(np.add.reduceat(correct, groups) / per_batch)
         ),
@@ -260,9 +263,9 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     adapter: a PEFT adapter directory; None: the base model.
     """
     distributed.agree("the command", json.dumps([to_dict(config), str(adapter)], sort_keys=True))
-    _claim(out)
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
     wrap, lora = peft.read(adapter, pretrained.arch) if adapter else (no_wrap, {})
+    _claim(out)
     where = config.data.path or config.data.source
     rows = sources.read(config.data.source, config.data.path, config.data.limit)
     tokenizer = pretrained.tokenizer()

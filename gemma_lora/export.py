@@ -33,12 +33,13 @@ from gemma_lora import config as configs
 from gemma_lora.arch import Arch
 from gemma_lora.data.examples import control_end
 from gemma_lora.errors import UserError, run_main
-from gemma_lora.files import path_argument, remote
+from gemma_lora.files import path_argument, remote, write_text
 from gemma_lora.lora import LoRAConfig, merge, merged, modules
 from gemma_lora.metrics import banner
 from gemma_lora.model import Transformer, head_weight, logits
 from gemma_lora.sharding import make_mesh, tree_shardings
 from gemma_lora.tokenizer import Tokenizer
+from gemma_lora.vocabulary import read_json
 from gemma_lora.weights import mapping, peft
 from gemma_lora.weights.pretrained import Pretrained, load_base, open_weights
 from gemma_lora.workdir import read_config
@@ -152,6 +153,8 @@ def _appears(out: pathlib.Path) -> Iterator[pathlib.Path]:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as e:
+        if e.filename is not None and not pathlib.Path(e.filename).is_relative_to(out.parent):
+            raise  # of the run or its base, which the block reads
         raise UserError(f"--out {out} cannot be written: {e}") from e
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
@@ -260,6 +263,10 @@ def _write_small_files(tuned: Tuned, directory: pathlib.Path, dtype: str) -> Non
     for file in TOKENIZER_FILES:
         if (home / file).exists():
             shutil.copy(home / file, directory)
+    said = read_json(directory / "tokenizer_config.json").get("chat_template")
+    if tuned.chat and not said and not (directory / "chat_template.jinja").exists():
+        # The turns that the run taught are of the template known for such a vocabulary.
+        write_text(directory / "chat_template.jinja", t.chat_template)
 
 
 def _stopping(config: dict[str, Any], tuned: Tuned) -> dict[str, Any]:

@@ -28,10 +28,9 @@ from gemma_lora.evaluate import completion_part
 from gemma_lora.files import path_argument, require_writable
 from gemma_lora.metrics import say
 from gemma_lora.optim import optimizer
-from gemma_lora.reopen import reopen
+from gemma_lora.reopen import load, reopen
 from gemma_lora.sharding import to_global
 from gemma_lora.step import init_state, jit_eval_step, jit_train_step
-from gemma_lora.weights.pretrained import load_base
 
 COLUMNS = ("id", "fold_loss", "fold_label", "label_p")
 
@@ -85,7 +84,7 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
             say(f"   fold {k} of {folds}: kept from {path}")
             continue
         if base is None:
-            base = jax.block_until_ready(load_base(opened.pretrained, model, mesh))
+            base = load(opened)
         total = fit.steps_per_epoch
         # The run may be longer than an epoch, and its warmup longer than the fold.
         warmup = min(config.optim.warmup_steps, total - 1)

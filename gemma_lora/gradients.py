@@ -38,10 +38,9 @@ from gemma_lora.files import path_argument, require_writable
 from gemma_lora.loss import Sweep
 from gemma_lora.metrics import say
 from gemma_lora.model import Transformer
-from gemma_lora.reopen import STEPS, Run, reopen, restored
+from gemma_lora.reopen import STEPS, Run, load, reopen, restored
 from gemma_lora.sharding import batch_sharding, to_global
 from gemma_lora.step import Batch, forward
-from gemma_lora.weights.pretrained import load_base
 
 NEIGHBOURS = 5
 _CHUNK = 256  # examples compared with all others at a time
@@ -175,7 +174,7 @@ def run(workdir: pathlib.Path, which: str, m: int) -> dict[str, Any]:
         raise UserError(f"--dimension is {m}, expected at least 1")
     opened = reopen(workdir, which)
     require_writable(workdir / "gradients.parquet")
-    base = jax.block_until_ready(load_base(opened.pretrained, opened.model, opened.mesh))
+    base = load(opened)
     step, lora, base = restored(opened, workdir, which, base)
     say(f"   gradients under the adapters of step {step}")
     ids, norm, projected = gradients(opened, lora, base, m)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from gemma_lora.errors import UserError
 from gemma_lora.sharding import spec
 
 
@@ -101,6 +102,11 @@ def _sharded(softcap, sweep, mesh: Mesh | None, want_grad: bool, hidden, targets
         run, ways = functools.partial(_sweep, softcap, sweep, want_grad, (), ()), 1
     else:
         own = spec(("V", "D"), table.shape, mesh)
+        if {"data", "fsdp"} & set(_axes(own[0])):
+            raise UserError(
+                f"sharding.RULES splits V over {own[0]}, expected tensor or nothing: the tokens of "
+                "a batch are split over data and fsdp"
+            )
         by_token, ways = PartitionSpec(("data", "fsdp")), mesh.shape["data"] * mesh.shape["fsdp"]
         run = jax.shard_map(
             functools.partial(_sweep, softcap, sweep, want_grad, *(_axes(part) for part in own)),

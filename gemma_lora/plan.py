@@ -19,7 +19,7 @@ from absl import flags
 
 from gemma_lora import ahead
 from gemma_lora.arch import Arch, get_arch
-from gemma_lora.attention import choose
+from gemma_lora.attention import chosen
 from gemma_lora.config import parse_flags
 from gemma_lora.data import sources
 from gemma_lora.data.pipeline import in_steps
@@ -83,14 +83,13 @@ def plan(job: Job, examples: int | None, prices: dict[str, Any] | None) -> dict[
     except UserError as e:
         return row | {"error": str(e)}
     dtype = jax.numpy.dtype(job.config.dtype)
-    how, why = choose(job.config.attention, job.arch, dtype, data.seq_len, mesh)
     trees = ahead.shapes(job.arch, job.config, mesh, data.batch_size, data.seq_len)
     model = ahead.abstract(job.arch, job.config, mesh)
     row |= {
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "batch": [data.batch_size, data.seq_len],
-        "attention": f"{how}, {why}" if why else how,
+        "attention": chosen(job.config.attention, job.arch, dtype, (data.seq_len,), mesh),
         "head": f"swept in chunks of {job.config.head.chunk} words",
         "whole": unsplit(model, mesh),
         "trees": {k: sum(map(bytes_a_device, jax.tree.leaves(v))) for k, v in trees.items()},
@@ -219,7 +218,10 @@ def _attention_flops(facts: dict[str, Any], arch: Arch, mesh: Any, rows: int, le
 
     seen = [pairs(arch.window if local else length) for local in arch.is_local]
     sizes = ahead.letter_sizes(arch, mesh, rows, length)
-    each = 2 * sum(seen) / len(seen) * sizes["B"] * sizes["N"] * arch.head_dim
+    # As attention.splash has it: heads stay together where their keys do.
+    together = arch.kv_heads > 1 and arch.kv_heads % mesh.shape["tensor"]
+    heads = arch.heads if together else sizes["N"]
+    each = 2 * sum(seen) / len(seen) * sizes["B"] * heads * arch.head_dim
     return facts["attention"] * each
 
 
@@ -253,10 +255,11 @@ def _steps(config: Any, examples: int) -> tuple[int, int]:
 
 
 def count_examples(config: Any) -> int | None:
-    """The rows of data.path; None where the config names a source, which would be fetched."""
-    if not config.data.path:
+    """The rows of the config's data; None where they would have to be fetched."""
+    data = config.data
+    if not data.path and not data.source.startswith("generated:"):
         return None
-    return len(sources.read("", config.data.path, config.data.limit))
+    return len(sources.read(data.source, data.path, data.limit))
 
 
 def read_prices(path: str) -> dict[str, Any]:
@@ -388,6 +391,8 @@ def main() -> None:
         _chip(job)  # before minutes of compiling
     prices = read_prices(asked.prices) if asked.prices else None
     examples = asked.examples or count_examples(config)
+    if examples and config.data.limit:
+        examples = min(examples, config.data.limit)
     if examples and any(job.chip for job in jobs):
         _steps(config, examples)  # may refuse the validation file
     rows = []

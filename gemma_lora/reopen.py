@@ -2,23 +2,32 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gemma_lora.checkpoint import Checkpoints
-from gemma_lora.config import check
+from gemma_lora.config import check, default
 from gemma_lora.data.dataset import Dataset
 from gemma_lora.data.pipeline import load_data
 from gemma_lora.errors import UserError
 from gemma_lora.lora import LoRAConfig, started_from_base
+from gemma_lora.metrics import say
 from gemma_lora.model import Transformer
 from gemma_lora.optim import optimizer
 from gemma_lora.sharding import check_rows, make_mesh
 from gemma_lora.step import init_state
-from gemma_lora.weights.pretrained import Pretrained, build_model, open_weights
+from gemma_lora.weights.pretrained import (
+    Pretrained,
+    build_model,
+    fingerprint,
+    load_base,
+    open_weights,
+)
 from gemma_lora.workdir import read_config
 
 STEPS = ("best", "last", "0")  # whose adapters: of a checkpoint, or those the run started from
@@ -34,6 +43,7 @@ class Run:
     mesh: Mesh
     model: Transformer
     train_set: Dataset
+    weights: str  # what `fingerprint` said of its base
 
 
 def reopen(workdir: pathlib.Path, which: str = "0") -> Run:
@@ -47,18 +57,21 @@ def reopen(workdir: pathlib.Path, which: str = "0") -> Run:
     config = _read_config(workdir)
     try:
         begun = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
-        fingerprint = begun["data_fingerprint"]
+        data, weights = begun["data_fingerprint"], begun["weights_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{workdir / 'run.json'} is missing or damaged: {e}") from e
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
     wrap = LoRAConfig(**config.lora)
+    if -1 not in config.mesh.values() and math.prod(config.mesh.values()) != jax.device_count():
+        say(f"   mesh: the default for {jax.device_count()} devices; the run had others")
+        config.mesh = default().mesh
     mesh = make_mesh(config.mesh)
     check_rows(config.data.batch_size, mesh)
     model = build_model(pretrained.arch, config, wrap, mesh)
     train_set, validation, *_ = load_data(config, pretrained.tokenizer(), pretrained.arch.vocab)
-    if train_set.fingerprint() + validation.fingerprint() != fingerprint:
+    if train_set.fingerprint() + validation.fingerprint() != data:
         raise UserError(f"the data has changed since the run in {workdir}")
-    return Run(config, pretrained, wrap, mesh, model, train_set)
+    return Run(config, pretrained, wrap, mesh, model, train_set, weights)
 
 
 def _read_config(workdir: pathlib.Path) -> ConfigDict:
@@ -74,6 +87,14 @@ def _read_config(workdir: pathlib.Path) -> ConfigDict:
         raise UserError(f"{workdir / 'config.json'} is of another version: {e}") from e
     check(config)
     return config
+
+
+def load(opened: Run) -> dict[str, Any]:
+    """The base weights on the devices; UserError where they are not those of the run."""
+    base = load_base(opened.pretrained, opened.model, opened.mesh)
+    if fingerprint(base) != opened.weights:
+        raise UserError(f"{opened.config.weights}: these are no longer the weights of the run")
+    return base
 
 
 def restored(opened: Run, workdir: pathlib.Path, which: str, base: Any) -> tuple[int, Any, Any]:

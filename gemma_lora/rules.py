@@ -38,7 +38,7 @@ class Row:
     """One example. tokens: its length, at most seq_len; label -1: none."""
 
     id: str
-    split: str  # 'train', 'train_probe' (some of the rows of train, again) or 'validation'
+    split: str  # 'train' or 'validation'
     prompt: str
     completion: str
     tokens: int
@@ -48,10 +48,8 @@ class Row:
 def check(rows: list[Row], seq_len: int) -> dict[str, dict[str, str]]:
     """id -> rule name -> why, with the evidence; ids without a finding are left out.
 
-    An id given twice is one row: the rows of train_probe are those of train. Rules that do not
-    apply to the data (no labels, no annotations) are silent.
+    Ids are unique. Rules that do not apply to the data (no labels, no annotations) are silent.
     """
-    rows = list({r.id: r for r in reversed(rows)}.values())[::-1]
     found: dict[str, dict[str, str]] = collections.defaultdict(dict)
     copies = itertools.chain(_copies(rows), _near(rows), _tails(rows))
     for i, rule, why in copies:

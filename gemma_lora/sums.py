@@ -28,8 +28,8 @@ def arithmetic(text: str) -> list[str]:
 def _contradiction(body: str) -> str:
     *sides, written = body.split("=")
     try:
-        result = _evaluate(written.replace("%", ""))
-        values = [(side.strip(), _evaluate(side)) for side in sides if side.strip()]
+        result = evaluate(written.replace("%", ""))
+        values = [(side.strip(), evaluate(side)) for side in sides if side.strip()]
     except ZeroDivisionError:
         return f"<<{body}>>: divides by zero"
     if result is None:
@@ -67,7 +67,7 @@ _BITS = 1024  # of a numerator or denominator, at most: more is no sum that a te
 _DIGITS = 300  # of a number in a text, at most: about what _BITS hold
 
 
-def _evaluate(text: str) -> Fraction | None:
+def evaluate(text: str) -> Fraction | None:
     """The exact value of an expression; None: it is none, or too large. ZeroDivisionError."""
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text.replace("$", "")).strip()
     if not _ARITHMETIC.fullmatch(text):

@@ -32,11 +32,6 @@ class Tokenizer:
     add_bos: bool
     chat_template: str | None = dataclasses.field(default=None, repr=False)
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids; the embedding may have more rows."""
-        return self.backend.get_vocab_size()
-
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of all that decides the ids of a text or of a conversation."""

@@ -19,7 +19,7 @@ from absl import flags
 
 from gemma_lora import config as configs
 from gemma_lora import distributed, evaluate, manifest, report
-from gemma_lora.attention import choose
+from gemma_lora.attention import chosen
 from gemma_lora.checkpoint import Checkpoints
 from gemma_lora.compiled import Compiled, keep_compiled
 from gemma_lora.data.dataset import Batch, Dataset
@@ -59,7 +59,7 @@ from gemma_lora.sharding import (
 )
 from gemma_lora.step import init_state, jit_eval_step, jit_train_step
 from gemma_lora.weights import peft
-from gemma_lora.weights.pretrained import build_model, load_base, open_weights
+from gemma_lora.weights.pretrained import build_model, fingerprint, load_base, open_weights
 from gemma_lora.workdir import claim, forget_after, require_space
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; resumed if it exists.")
@@ -100,7 +100,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
     made_with = manifest.facts(config)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     name = arch.family if config.arch == "auto" else config.arch
-    how, why = choose(config.attention, arch, model.dtype, config.data.seq_len, mesh)
+    lengths = (config.data.seq_len, *config.data.buckets)
     ranks = dict.fromkeys(f"r {wrap.rank_of(p)} scale {wrap.scale_of(p):g}" for p in adapted)
     banner(
         "model",
@@ -112,7 +112,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
             "adapted": ", ".join(adapted),
             "dtype": f"{config.dtype}, base matrices {config.quantize or config.dtype}, adapters "
             f"float32; remat {config.remat}",
-            "attention": f"{how}, {why}" if why else how,
+            "attention": chosen(config.attention, arch, model.dtype, lengths, mesh),
             "devices": f"{device}, mesh {', '.join(f'{a}={n}' for a, n in mesh.shape.items())}"
             f"{crossing(mesh)}; jax {made_with['versions']['jax']}",
             "whole on each device": "; ".join(unsplit(abstract, mesh))
@@ -136,7 +136,8 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
     # ---- weights, adapters, optimizer; or what an earlier run left ------------------------------
     say("\n   loading the weights and compiling ...")
     with mark("load weights"):
-        base = jax.block_until_ready(load_base(pretrained, model, mesh))
+        base = load_base(pretrained, model, mesh)
+        weights = fingerprint(base)
     state = init_state(model, tx, config.seed, mesh)
     initial = None
     if wrap.reads_base:
@@ -150,6 +151,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
     checkpoints = Checkpoints(workdir / "checkpoints")
     notes: dict[str, Any] = {
         "data": train_set.fingerprint() + validation.fingerprint(),
+        "weights": weights,
         "best_loss": math.inf,
         "best_step": None,
         "bad_evals": 0,
@@ -161,8 +163,9 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
     start = distributed.from_first(checkpoints.latest() if begun else None)
     if start is not None:
         state, old = checkpoints.restore(start, state)
-        if old["data"] != notes["data"]:
-            raise UserError(f"the data has changed since the run in {workdir} began")
+        for what in ("data", "weights"):
+            if old.get(what) != notes[what]:
+                raise UserError(f"the {what} are no longer those of the run in {workdir}")
         notes = old
         say(f"   continuing from the checkpoint of step {start}")
 
@@ -199,6 +202,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         "devices": device,
         **made_with,
         "data_fingerprint": notes["data"],
+        "weights_fingerprint": weights,
         "phases": phases.seconds,
         "nan": None,
     }

@@ -18,7 +18,6 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -32,9 +31,8 @@ from gemma_lora.evaluate import ledger_rows, write_table
 from gemma_lora.files import path_argument, require_writable
 from gemma_lora.metrics import say
 from gemma_lora.outliers import read_ledger
-from gemma_lora.reopen import STEPS, Run, reopen, restored
+from gemma_lora.reopen import STEPS, Run, load, reopen, restored
 from gemma_lora.step import jit_eval_step
-from gemma_lora.weights.pretrained import load_base
 
 
 def shared_ends(prompts: list[np.ndarray]) -> tuple[int, int]:
@@ -89,7 +87,7 @@ def run(workdir: pathlib.Path, which: str) -> dict[str, Any]:
     bare = without_prompts(whole)
     if all(len(b.tokens) == len(e.tokens) for b, e in zip(bare, whole, strict=True)):
         raise UserError("all prompts are the same: there is nothing to leave out")
-    base = jax.block_until_ready(load_base(opened.pretrained, opened.model, opened.mesh))
+    base = load(opened)
     step, lora, base = restored(opened, workdir, which, base)
     if step not in ledger.steps:
         raise UserError(

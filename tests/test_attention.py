@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from gemma_lora import attention as module
 from gemma_lora import model as model_module
 from gemma_lora.arch import get_arch
-from gemma_lora.attention import attention, attention_mask, block, choose, reference, splash
+from gemma_lora.attention import attention, attention_mask, block, choose, chosen, reference, splash
 from gemma_lora.errors import UserError
 from gemma_lora.lora import LoRAConfig
 from gemma_lora.loss import Sweep
@@ -70,6 +70,13 @@ CASES = {
         length=301, heads=4, kv_heads=2, head_dim=64, back=128, softcap=0.0
     ),
 }
+
+
+def test_what_rows_of_each_length_take_is_said():
+    arch = common.tiny_arch("gemma")
+    said = chosen("auto", arch, jnp.float32, (256, 64, 128, 256), None)
+    assert said == "reference (rows of 64, 128); block (rows of 256)"
+    assert chosen("block", arch, jnp.float32, (64, 256), None) == "block"
 
 
 @pytest.mark.parametrize("case", CASES)

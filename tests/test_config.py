@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -392,16 +393,19 @@ def test_no_home_directory():
         (FileNotFoundError(2, "No such file or directory", "/not/there"),
          "error: /not/there: No such file or directory\n"),
         (OSError(28, "No space left on device"), "error: No space left on device\n"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nstack"),
+         "error: the memory of a device does not suffice: RESOURCE_EXHAUSTED: 9 GiB; "),
     ],
 )  # fmt: skip
-def test_an_error_of_the_system_is_one_line(capsys, raised, said):
+def test_what_the_system_or_a_device_says_is_one_line(capsys, raised, said):
     def main():
         raise raised
 
     with pytest.raises(SystemExit) as end:
         errors.run_main(main)
     assert end.value.code == 2
-    assert capsys.readouterr().err == said
+    told = capsys.readouterr().err
+    assert told.startswith(said) and told.count("\n") == 1
 
 
 def test_replace_directory_keeps_the_old_one_when_it_fails(tmp_path, monkeypatch):

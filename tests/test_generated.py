@@ -10,8 +10,9 @@ from collections import Counter
 import pytest
 
 from gemma_lora.data import generated
-from gemma_lora.data.generated import check, evaluate, problems, write
+from gemma_lora.data.generated import problems, write
 from gemma_lora.errors import UserError
+from gemma_lora.sums import arithmetic, final_answer
 
 GSM8K = pathlib.Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 FINAL = re.compile(r"#### [1-9][0-9]*")
@@ -49,7 +50,7 @@ def test_first_problem_is_pinned():
 
 def test_answers_check_clean_and_agree_with_a_second_evaluator(many):
     for problem in many[:2000]:
-        assert check(problem["answer"]) == []
+        assert not arithmetic(problem["answer"]) and not final_answer(problem["answer"])
         for expression, value in ANNOTATED.findall(problem["answer"]):
             assert eval(expression) == int(value) >= 2
 
@@ -94,68 +95,6 @@ def test_no_artefacts(many, banned):
         assert not re.search(banned, text), text
 
 
-@pytest.mark.parametrize(
-    ("answer", "complaint"),
-    [
-        ("It is <<48/2=25>>25.\n#### 25", "48/2 is 24"),
-        ("It is <<48/2=24>>24.\n#### 25", "final number 25"),
-        ("It is <<1/3=.33>>.33.\n#### .33", "1/3 is 1/3"),
-        ("It is <<4/0=4>>4.\n#### 4", "4/0"),
-        ("It is <<__import__('os')=4>>4.\n#### 4", "__import__"),
-        ("It is <<2**9=512>>512.\n#### 512", "2**9"),
-        ("It is <<9//2=4>>4.\n#### 4", "9//2"),
-        ("It is <<1e99999999=4>>4.\n#### 4", "1e99999999"),
-        (f"It is <<{'(' * 5000}4{')' * 5000}=4>>4.\n#### 4", "((("),
-        ("It is <<4>>4.\n#### 4", "expected numbers"),
-        ("It is <<2+2=4.\n#### 4", "malformed"),
-        ("It is 4.\n#### 4", "no annotation"),
-        ("It is <<2+2=4>>4.", "last line"),
-        ("It is <<2+2=4>>4.\n#### four", "final number"),
-        ("", "last line"),
-    ],
-)
-def test_check_reports(answer, complaint):
-    assert any(complaint in problem for problem in check(answer))
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "<<48/2=24>>24\n#### 24",
-        "$<<1000*1.08=1080>>1080\n#### 1,080",
-        "<<$1,000+$250=$1,250>>\n#### $1250",
-        "<<.5*20=10>>10\n<<10-(2+3)*4=-10>>-10\n#### -10",
-        "<<0.1+0.2=0.3>>0.3\n#### 0.3",
-        "<<200*20%=40>>40\n#### 40",
-        "<<50/250*100=20%>>20%\n#### 20",
-        "<<50/250=20%>>20%\n#### 20%",
-    ],
-)
-def test_check_accepts(answer):
-    assert check(answer) == []
-
-
-def test_evaluate_is_exact_and_refuses_the_rest():
-    assert evaluate("0.1+0.2") * 10 == 3
-    assert evaluate("2*(3+4)-6/4") == evaluate("12.5")
-    for bad in [
-        "",
-        "x",
-        "2+",
-        "(2",
-        "1 2",
-        "'1'",
-        "1_000",
-        "0x10",
-        "2\n+2)",
-        "f(1)",
-        "True",
-        "1,2",
-    ]:
-        with pytest.raises(UserError, match="expected numbers"):
-            evaluate(bad)
-
-
 def test_write_and_command_line(tmp_path):
     write(tmp_path / "new" / "a.jsonl", 20, seed=3)
     command = [sys.executable, "-m", "gemma_lora.data.generated", "--count", "20", "--seed", "3"]
@@ -172,14 +111,3 @@ def test_user_errors(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         write(tmp_path, 1)
     assert list(tmp_path.parent.glob(".*.tmp")) == []
-
-
-@pytest.mark.skipif(not GSM8K.is_dir(), reason="the GSM8K answers are not beside the checkout")
-def test_real_answers():
-    """None has a wrong value: the flagged leave out the last annotation or all, or write //."""
-    kinds = Counter()
-    for name in ("train.jsonl", "test.jsonl"):
-        for line in (GSM8K / name).read_text(encoding="utf-8").splitlines():
-            found = check(json.loads(line)["answer"])
-            kinds[", ".join(re.match("<<|final|no annotation", each)[0] for each in found)] += 1
-    assert kinds == {"": 7604, "final": 422, "no annotation": 104, "<<": 2}

@@ -189,7 +189,7 @@ def test_what_the_command_writes(run):
     assert all(i not in r["neighbours"] and len(r["cosines"]) == 5 for i, r in rows.items())
 
     opened = gradients.reopen(run)
-    base = gradients.load_base(opened.pretrained, opened.model, opened.mesh)
+    base = gradients.load(opened)
     step, lora, _ = gradients.restored(opened, run, "best", base)
     assert step == 8
     for e in opened.train_set.examples[:3]:
@@ -211,7 +211,7 @@ def test_what_the_command_writes(run):
 def test_of_a_batch_attention_is_not_cudnns(run, monkeypatch):
     """JAX batches no mask that is the same for all heads there."""
     opened = gradients.reopen(run)
-    base = gradients.load_base(opened.pretrained, opened.model, opened.mesh)
+    base = gradients.load(opened)
     _, lora, base = gradients.restored(opened, run, "best", base)
     expected = gradients.gradients(opened, lora, base, M)
     monkeypatch.setattr(gradients, "choose", lambda *args: ("cudnn", ""))
@@ -223,7 +223,7 @@ def test_of_a_batch_attention_is_not_cudnns(run, monkeypatch):
 def test_steps(run):
     """The checkpoint that was asked for; at step 0 B is zero, and so are all gradients of A."""
     opened = gradients.reopen(run)
-    base = gradients.load_base(opened.pretrained, opened.model, opened.mesh)
+    base = gradients.load(opened)
     found = {which: gradients.restored(opened, run, which, base) for which in gradients.STEPS}
     assert [found[w][0] for w in gradients.STEPS] == [8, 9, 0]
     for x, y in zip(*(jax.tree.leaves(found[w][1]) for w in ("best", "last")), strict=True):
@@ -280,3 +280,10 @@ def test_other_data_than_the_run_had(run, tmp_path):
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="the data has changed since"):
         gradients.run(tmp_path / "run", "best", M)
+
+
+def test_other_weights_than_the_run_had(run, monkeypatch):
+    opened = dataclasses.replace(gradients.reopen(run), weights="another")
+    monkeypatch.setattr(gradients, "reopen", lambda *_: opened)
+    with pytest.raises(UserError, match="no longer the weights of the run"):
+        gradients.run(run, "best", M)

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import tiny
 
+from gemma_lora.errors import UserError
 from gemma_lora.loss import Sweep, token_stats
+from gemma_lora.sharding import AXES, RULES
 from gemma_lora.step import forward
 
 
@@ -50,6 +52,16 @@ def test_chunked_equals_whole(vocab, chunk, softcap):
     exact = ((p - onehot) * slope * w[..., None]) @ e
     assert np.allclose(grad, exact, atol=2e-5)
     assert 0 < want["correct"].mean() < 1
+
+
+def test_words_over_the_axes_of_the_rows_are_refused(monkeypatch):
+    """Their sums would mix the tokens of several devices."""
+    monkeypatch.setitem(RULES, "V", ("fsdp",))
+    monkeypatch.setitem(RULES, "D", ())
+    mesh = jax.sharding.AbstractMesh((1, 2, 1), AXES)
+    hidden, targets, table = jnp.zeros((2, 3, 4)), jnp.zeros((2, 3), int), jnp.zeros((8, 4))
+    with pytest.raises(UserError, match="splits V over fsdp"):
+        token_stats(hidden, targets, table, 0.0, Sweep(8), mesh)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 20.0])

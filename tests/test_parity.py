@@ -165,6 +165,28 @@ def test_trajectory_of_20_steps(source):
     close_matrices(final, {k: v for k, v in want.items() if k.startswith("base_model")})
 
 
+def test_eval_loss_is_that_of_transformers():
+    """Of rows with 1 to 9 tokens that carry loss, the last batch not full."""
+    reference = common.live("reference")
+    tokens = tiny.tokens(rows=7, length=16)
+    counts = np.array([1, 9, 3, 2, 8, 5, 1])
+    mask = np.arange(tokens.shape[1]) >= tokens.shape[1] - counts[:, None]
+    logits = reference.logits("gemma", tokens)[:, :-1].astype(np.float64)
+    nll = (
+        np.logaddexp.reduce(logits, -1)
+        - np.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+    )
+    rows = {
+        "tokens": counts,
+        "nll": (nll * mask[:, 1:]).sum(1),
+        "correct": np.zeros(7),
+        "label": np.full(7, -1),
+    }
+    for size in (2, 4, 7):
+        want = reference.trainer_loss("gemma", tokens, mask, size)
+        assert metrics(rows, size)["trl_compat/eval_loss"] == pytest.approx(want, rel=1e-6)
+
+
 # ---- real Gemma 3 270M -----------------------------------------------------------------------
 
 

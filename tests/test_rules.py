@@ -70,11 +70,6 @@ def test_a_prompt_that_all_rows_share_is_no_conflict_and_no_overlap():
     assert check(rows, LONG) == {}
 
 
-def test_the_probe_is_no_copy_of_train():
-    rows = [row("a", prose(1), prose(2)), row("a", prose(1), prose(2), "train_probe")]
-    assert check(rows, LONG) == {}
-
-
 @pytest.mark.parametrize("count", [2, 40])
 def test_near_duplicates_are_found_and_others_are_not(count):
     rows = [row(str(i), prose(i), prose(1000 + i)) for i in range(count)]
@@ -130,7 +125,6 @@ def test_overlap_names_both_directions():
         "like a (train)"
     )
     assert flagged([a, row("b", a.prompt, "me")], "overlap") == {}
-    assert flagged([a, row("b", a.prompt, "me", "train_probe")], "overlap") == {}
 
 
 @pytest.mark.parametrize("same", [False, True])

@@ -153,6 +153,9 @@ def prepared(tmp_path_factory):
                     "answer": tfds.features.Text(),
                     "label": tfds.features.ClassLabel(num_classes=2),
                     "marks": tfds.features.Sequence(tfds.features.Scalar(np.int32)),
+                    "messages": tfds.features.Sequence(
+                        {"role": tfds.features.Text(), "content": tfds.features.Text()}
+                    ),
                 }
                 return tfds.core.DatasetInfo(
                     builder=self, features=tfds.features.FeaturesDict(features)
@@ -163,12 +166,14 @@ def prepared(tmp_path_factory):
 
             def _generate_examples(self, n):
                 for i in range(n):
-                    yield (
-                        i,
-                        {"question": f"{i} + é?", "answer": f"{i}", "label": i % 2, "marks": [i]},
-                    )
+                    row = {"question": f"{i} + é?", "answer": f"{i}", "label": i % 2, "marks": [i]}
+                    yield i, row | {"messages": turns(i)}
 
     Sums(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
+def turns(i: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"é{i}"}, {"role": "model", "content": "yes"}][: 1 + i % 2]
 
 
 def test_tfds_rows(prepared):
@@ -177,6 +182,7 @@ def test_tfds_rows(prepared):
     assert sorted(r["question"] for r in rows) == [f"{i} + é?" for i in range(5)]
     assert all(type(r["answer"]) is str and type(r["label"]) is int for r in rows)
     assert all(r["marks"] == [int(r["answer"])] for r in rows)
+    assert all(r["messages"] == turns(int(r["answer"])) for r in rows)
     assert sources.read("tfds:sums/train", "", 3) == rows[:3]
     assert [r["id"] for r in sources.read("tfds:sums/test", "", 0)] == [
         "sums-test-000000",

@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 import tiny_run
 from common import one_device, read_json, tiny_arch
+from safetensors.numpy import load_file, save_file
 from tiny_run import ledger, left, records, settings
 
 from gemma_lora import config, evaluate, outliers, train
@@ -126,7 +127,8 @@ def test_metrics_are_sums_of_the_ledger(straight):
             assert got["token_accuracy"] == correct.sum() / tokens.sum()
             batches = [slice(0, 4), slice(4, 6)]
             means = [nll[b].sum() / tokens[b].sum() for b in batches]
-            assert math.isclose(got["trl_compat/eval_loss"], np.mean(means), rel_tol=1e-12)
+            by_rows = (4 * means[0] + 2 * means[1]) / 6
+            assert math.isclose(got["trl_compat/eval_loss"], by_rows, rel_tol=1e-12)
             shares = [correct[b].sum() / tokens[b].sum() for b in batches]
             assert got["trl_compat/eval_mean_token_accuracy"] == np.mean(shares)
 
@@ -353,7 +355,7 @@ def test_workdir_of_another_run(straight, inputs):
     assert left(straight[0]) == before
 
 
-def test_data_that_changed_since_the_run_began(straight, inputs, tmp_path):
+def test_data_or_weights_that_changed_since_the_run_began(straight, inputs, tmp_path):
     workdir, other = tmp_path / "run", tmp_path / "inputs"
     shutil.copytree(inputs, other)
     c = settings(other)
@@ -361,7 +363,13 @@ def test_data_that_changed_since_the_run_began(straight, inputs, tmp_path):
     (workdir / "config.json").write_text(c.to_json())
     path = other / "validation.jsonl"
     path.write_text(path.read_text().replace("It is", "That is"))
-    with pytest.raises(UserError, match=r"the data has changed since the run in .* began"):
+    with pytest.raises(UserError, match="the data are no longer those of the run in"):
+        tiny_run.run(workdir, c)
+    shutil.copy(inputs / "validation.jsonl", path)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.embed_tokens.weight"][3, 0] += 1e-3
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(UserError, match="the weights are no longer those of the run in"):
         tiny_run.run(workdir, c)
     assert left(workdir) == left(straight[0])
 

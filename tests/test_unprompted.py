@@ -15,8 +15,7 @@ from gemma_lora import outliers, unprompted
 from gemma_lora.data.examples import Example
 from gemma_lora.errors import UserError
 from gemma_lora.model import head_weight, logits
-from gemma_lora.reopen import reopen, restored
-from gemma_lora.weights.pretrained import load_base
+from gemma_lora.reopen import load, reopen, restored
 
 
 def test_shared_ends_by_hand():
@@ -68,7 +67,7 @@ def test_what_the_command_writes(run):
     assert list(rows) == sorted(rows) and {r["step"] for r in rows.values()} == {8}
 
     opened = reopen(run, "last")
-    base = load_base(opened.pretrained, opened.model, opened.mesh)
+    base = load(opened)
     _, lora, _ = restored(opened, run, "last", base)
     examples = opened.train_set.examples
     first, last = unprompted.shared_ends([e.tokens[: e.answer_from] for e in examples])
@@ -95,6 +94,18 @@ def test_what_the_command_writes(run):
     assert list(columns["ifd"]) == [rows[i]["ifd"] for i in columns["id"]]
     assert np.array_equal(columns["combined"], outliers.rank(columns["ifd"]))
     assert "\n- `ifd`: loss of the completion as a share" in (run / "outliers.md").read_text()
+
+
+def test_a_run_of_other_devices_is_opened_on_these(run, capsys, monkeypatch):
+    config = run / "config.json"
+    before = config.read_text()
+    try:
+        config.write_text(before.replace('"fsdp": -1', '"fsdp": 8'))
+        assert config.read_text() != before
+        assert reopen(run).mesh.size == 1
+    finally:
+        config.write_text(before)
+    assert "mesh: the default for 1 devices" in capsys.readouterr().out
 
 
 def test_rows_cut_before_their_completion(run, monkeypatch):

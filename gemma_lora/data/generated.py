@@ -5,20 +5,18 @@ seeded choice of opening, events and ending composes 2 to 5 steps into one probl
 """
 
 import argparse
-import ast
 import contextlib
 import json
-import operator
 import os
 import random
 import re
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 
 from gemma_lora.data.scenes import FAMILIES
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.files import write_text
+from gemma_lora.sums import evaluate
 
 NAMES = {
     ("she", "her", "her"): ["Amara", "Beth", "Chloe", "Dina", "Elena", "Grace", "Hana", "Ivy"],
@@ -35,13 +33,6 @@ VARIED = {
 SPOKEN = {("k", 2): "twice", ("k", 3): "three times", ("k", 4): "four times"}
 SPOKEN |= {("F", 2): "half", ("F", 3): "a third", ("F", 4): "a quarter", ("F", 5): "a fifth"}
 SLOT = re.compile(r"\{(\w+)(?:([=/+])([\d,-]+))?\}")
-ANNOTATION = re.compile(r"<<([^<>]*)>>")
-OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
 
 
 class _UnfitError(Exception):
@@ -146,63 +137,10 @@ def problems(count: int, seed: int = 0) -> list[dict]:
             with contextlib.suppress(_UnfitError):
                 composed = _compose(rng, *scene)
         question, answer = composed
-        made.append({"id": f"generated-{len(made):06d}", "question": question, "answer": answer})
+        # Those of two seeds can be training and validation set.
+        ident = f"generated-{f'{seed}-' if seed else ''}{len(made):06d}"
+        made.append({"id": ident, "question": question, "answer": answer})
     return made
-
-
-def evaluate(expression: str) -> Fraction:
-    """Exact value of + - * / and parentheses over decimals; $ is ignored, % divides by 100."""
-    text = re.sub("(?<=[0-9]),(?=[0-9]{3})", "", expression.replace("$", ""))
-    text = " ".join(re.sub("([0-9.]+)%", r"(\1/100)", text).split())
-
-    def value(node: ast.AST) -> Fraction:
-        match node:
-            case ast.Constant():  # the digits, since the parsed float is rounded
-                return Fraction(text[node.col_offset : node.end_col_offset])
-            case ast.UnaryOp(ast.USub() | ast.UAdd(), operand):
-                return -value(operand) if isinstance(node.op, ast.USub) else value(operand)
-            case ast.BinOp(left, kind, right) if type(kind) in OPERATORS:
-                return OPERATORS[type(kind)](value(left), value(right))
-        raise ValueError
-
-    try:
-        # Names and exponents (1e999999) never reach the parser; the length bounds its recursion.
-        if len(text) > 150 or not re.fullmatch(r"[0-9.+*/() -]+", text):
-            raise ValueError
-        return value(ast.parse(text, mode="eval").body)
-    except (ValueError, SyntaxError, ZeroDivisionError):
-        raise UserError(f"got {expression[:150]!r}, expected numbers with + - * / ( )") from None
-
-
-def check(answer: str) -> list[str]:
-    """What is wrong with a GSM8K answer's arithmetic, exactly (no rounding); empty when right."""
-
-    def readings(text: str) -> set[Fraction]:  # a result of 20% is 0.2 or, as a unit, 20
-        return {evaluate(text), evaluate(text.replace("%", ""))}
-
-    annotations = ANNOTATION.findall(answer)
-    found, last = [], None
-    if answer.count("<<") != len(annotations):
-        found.append("an annotation is malformed: got '<<' without its own '>>'")
-    for annotation in annotations:
-        expression, _, result = annotation.rpartition("=")
-        try:
-            last = readings(result)
-            if (exact := evaluate(expression)) not in last:
-                found.append(f"<<{annotation}>>: {expression} is {exact}")
-        except UserError as e:
-            found.append(f"<<{annotation}>>: {e}")
-    final = answer.strip().split("\n")[-1]
-    try:
-        if not final.startswith("####"):
-            found.append(f"last line: got {final!r}, expected '#### number'")
-        elif last is None:
-            found.append("no annotation to compare the final number with")
-        elif not last & readings(final[4:]):
-            found.append(f"final number {final[4:].strip()} is not the last annotation's value")
-    except UserError as e:
-        found.append(f"final number: {e}")
-    return found
 
 
 def write(path: str | os.PathLike, count: int, seed: int = 0) -> None:

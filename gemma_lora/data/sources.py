@@ -188,13 +188,25 @@ def _hub_builder(repository: str, config: str | None) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A field of tfds as text or a plain number where it is one."""
+    """A field of tfds as text, a plain number, or lists and objects of them."""
     if isinstance(value, bytes):
         try:
             return value.decode()
         except UnicodeDecodeError:
             return value  # a template that uses it says that it is no text
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        columns = {k: _plain(v) for k, v in value.items()}
+        lengths = {len(v) if isinstance(v, list) else None for v in columns.values()}
+        if len(lengths) == 1 and None not in lengths:  # tfds' form of a list of objects
+            return [
+                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+            ]
+        return columns
+    return value
 
 
 SOURCES: dict[str, Callable[[str], Iterable[Row]]] = {"tfds": _tfds, "generated": _generated}

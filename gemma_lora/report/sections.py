@@ -202,7 +202,7 @@ def _accuracy(r: dict[str, Any]) -> list[Block]:
         _by_point(r, "token_accuracy", more=("interval", "conclusion")),
         "The share of next tokens that are the model's first choice after the reference text "
         "before them (teacher-forced next-token accuracy); it is not answer accuracy. TRL's "
-        "metrics under their own names are unweighted means over batches; they have no interval.",
+        "metrics under their own names are means over batches; they have no interval.",
         _by_point(r, "trl_compat.eval_loss", "trl_compat.eval_mean_token_accuracy"),
     ]
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma_lora.arch import FAMILIES
 from gemma_lora.errors import UserError, nearest
 from gemma_lora.files import cache_dir, replace_file, sha256
 
@@ -22,6 +21,9 @@ DEMO_LICENCE = (
     "The demo weights are Gemma 3 270M, used under the Gemma Terms of Use "
     "(ai.google.dev/gemma/terms); the packaged file is quantised (Q4_K_M) and is dequantised here."
 )
+
+# The families whose rows llama.cpp's converter leaves as they are: of Llama's it permutes q and k.
+_AS_IN_HF = ("gemma", "gemma2", "gemma3_text", "qwen2")
 
 # The key after 'gemma3.' -> that of config.json. Sources: constants.py of the gguf package and
 # llama.cpp's convert_hf_to_gguf.py.
@@ -136,7 +138,7 @@ class GGUFFile:
         Raises UserError for a model of another kind than Arch knows.
         """
         kind = self.metadata.get("general.architecture", "")
-        kinds = {family.removesuffix("_text"): family for family in FAMILIES}
+        kinds = {family.removesuffix("_text"): family for family in _AS_IN_HF}
         if kind not in kinds:
             raise UserError(
                 f"{self.path} holds a {kind or 'nameless'} model, {nearest(kind, kinds)}"

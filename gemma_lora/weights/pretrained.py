@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -249,6 +250,21 @@ def load_base(pretrained: Pretrained, model: Transformer, mesh: Mesh) -> dict[st
         nn.unbox(boxed),
         tree_shardings(boxed, mesh),
     )
+
+
+@jax.jit
+def _sum_of_bits(leaves: list[jax.Array]) -> jax.Array:
+    """Of integers, so the same however the leaves are split and in whatever order."""
+    total = jnp.uint32(0)
+    for x in leaves:
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+        total = total * 3 + jnp.sum(bits, dtype=jnp.uint32)
+    return total
+
+
+def fingerprint(base: dict[str, Any]) -> str:
+    """Eight digits that other base weights, or in another dtype, would not have; of any mesh."""
+    return f"{int(_sum_of_bits(jax.tree.leaves(base))):08x}"
 
 
 def build_model(arch: Arch, config: Any, wrap: Callable, mesh: Mesh | None = None) -> Transformer:
