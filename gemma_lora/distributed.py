@@ -29,8 +29,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gemma_lora.errors import UserError, run_main
 
 LOST = 75  # exit status of a process whose companions are gone; EX_TEMPFAIL: try again
-# What XLA says of a program or a device of this process alone.
-_OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+# What XLA says of a program of this process alone.
+_OWN_FAULTS = ("INVALID_ARGUMENT", "UNIMPLEMENTED")
 _first = False  # is this process 0; known once all have joined
 
 

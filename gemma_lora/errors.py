@@ -41,9 +41,10 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         print(
-            f"error: the memory of a device does not suffice: {str(e).splitlines()[0]}; fewer "
-            "data.batch_size or data.seq_len, more train.micro_batches, remat=full and "
-            "quantize=int8 need less, and python -m gemma_lora.plan tells how much",
+            f"error: the memory of a device does not suffice: {str(e).splitlines()[0]}; a "
+            "smaller data.batch_size or data.seq_len needs less, as do, in training, more "
+            "train.micro_batches, remat=full or quantize=int8; python -m gemma_lora.plan says how "
+            "much",
             file=sys.stderr,
             flush=True,
         )

@@ -247,10 +247,8 @@ def not_finite(rows: dict[str, np.ndarray]) -> list[str]:
     return [i for i, nll in zip(rows["id"], rows["nll"], strict=True) if not math.isfinite(nll)]
 
 
-def _claim(out: pathlib.Path) -> None:
-    """Makes --out; UserError where that fails, or where it would overwrite a run's own ledger."""
-    if (out / "config.json").exists():
-        raise UserError(f"--out {out} is the workdir of a training run; give another directory")
+def _make(out: pathlib.Path) -> None:
+    """Makes --out; UserError where that fails."""
     try:
         (out / "ledger").mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -263,9 +261,10 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     adapter: a PEFT adapter directory; None: the base model.
     """
     distributed.agree("the command", json.dumps([to_dict(config), str(adapter)], sort_keys=True))
+    if (out / "config.json").exists():  # its ledger would be overwritten
+        raise UserError(f"--out {out} is the workdir of a training run; give another directory")
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
     wrap, lora = peft.read(adapter, pretrained.arch) if adapter else (no_wrap, {})
-    _claim(out)
     where = config.data.path or config.data.source
     rows = sources.read(config.data.source, config.data.path, config.data.limit)
     tokenizer = pretrained.tokenizer()
@@ -276,6 +275,7 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     mesh = make_mesh(config.mesh)
     check_rows(config.data.batch_size, mesh)
     model = build_model(pretrained.arch, config, wrap, mesh)
+    _make(out)
     base = load_base(pretrained, model, mesh)
     if lora:
         lora = jax.device_put(lora, tree_shardings(model.abstract()["lora"], mesh))

@@ -144,18 +144,19 @@ def _appears(out: pathlib.Path) -> Iterator[pathlib.Path]:
         )
     if out.exists() or out.is_symlink():
         raise UserError(f"--out {out} exists; give a new name")
+    refused = f"--out {out} cannot be written"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        try:
-            yield temporary / out.name
-            os.replace(temporary / out.name, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as e:
-        if e.filename is not None and not pathlib.Path(e.filename).is_relative_to(out.parent):
+        raise UserError(f"{refused}: {e}") from e
+    try:
+        yield temporary / out.name
+        os.replace(temporary / out.name, out)
+    except OSError as e:
+        if e.filename is not None and not pathlib.Path(e.filename).is_relative_to(temporary):
             raise  # of the run or its base, which the block reads
-        raise UserError(f"--out {out} cannot be written: {e}") from e
+        raise UserError(f"{refused}: {e}") from e
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
@@ -163,6 +164,8 @@ def _appears(out: pathlib.Path) -> Iterator[pathlib.Path]:
             "nothing was exported: the devices cannot hold the float32 copies of the model that "
             "the check compares; run it on the host: JAX_PLATFORMS=cpu python -m gemma_lora.export"
         ) from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---- writing --------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
         [--examples N] [--prices FILE] [--largest] [--leaves] [--json] [--config.key=value ...]
 
 needs the package libtpu and no TPU; --topology cpu:8 takes eight devices of this host. It reads
-neither weights nor data sets (it counts the examples of data.path and data.validation_path).
+neither weights nor data sets (it counts those of data.path, data.validation_path, generated:N).
 A price file:
 {"source": "https://...", "date": "2026-01-31", "currency": "USD", "chip_hour": {"v5e": 1.2}}.
 """

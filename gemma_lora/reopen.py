@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -35,7 +33,7 @@ STEPS = ("best", "last", "0")  # whose adapters: of a checkpoint, or those the r
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the command that made a workdir had before it loaded any weights."""
+    """What the command that made a workdir had; of the base weights their fingerprint alone."""
 
     config: ConfigDict
     pretrained: Pretrained
@@ -43,7 +41,7 @@ class Run:
     mesh: Mesh
     model: Transformer
     train_set: Dataset
-    weights: str  # what `fingerprint` said of its base
+    weights: str
 
 
 def reopen(workdir: pathlib.Path, which: str = "0") -> Run:
@@ -62,10 +60,12 @@ def reopen(workdir: pathlib.Path, which: str = "0") -> Run:
         raise UserError(f"{workdir / 'run.json'} is missing or damaged: {e}") from e
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
     wrap = LoRAConfig(**config.lora)
-    if -1 not in config.mesh.values() and math.prod(config.mesh.values()) != jax.device_count():
-        say(f"   mesh: the default for {jax.device_count()} devices; the run had others")
+    try:
+        mesh = make_mesh(config.mesh)
+    except UserError as e:
+        say(f"   {e}: the default mesh is taken")
         config.mesh = default().mesh
-    mesh = make_mesh(config.mesh)
+        mesh = make_mesh(config.mesh)
     check_rows(config.data.batch_size, mesh)
     model = build_model(pretrained.arch, config, wrap, mesh)
     train_set, validation, *_ = load_data(config, pretrained.tokenizer(), pretrained.arch.vocab)

@@ -159,12 +159,17 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         "tokens": 0,
         "loss_tokens": 0,
     }
-    distributed.agree("the data", notes["data"])
+    for what in ("data", "weights"):
+        distributed.agree(f"the {what}", notes[what])
     start = distributed.from_first(checkpoints.latest() if begun else None)
     if start is not None:
         state, old = checkpoints.restore(start, state)
         for what in ("data", "weights"):
-            if old.get(what) != notes[what]:
+            if what not in old:
+                raise UserError(
+                    f"the checkpoints in {workdir} are of another version of gemma_lora"
+                )
+            if old[what] != notes[what]:
                 raise UserError(f"the {what} are no longer those of the run in {workdir}")
         notes = old
         say(f"   continuing from the checkpoint of step {start}")

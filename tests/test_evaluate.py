@@ -158,7 +158,7 @@ def test_bad_input(out, adapter, changes, message, trained, inputs, tmp_path):
     out, adapter = (x and Path(x.format(tmp=tmp_path, run=trained)) for x in (out, adapter))
     with pytest.raises(UserError, match=message):
         evaluate.evaluate(validation(inputs, changes), out, adapter)
-    assert tiny_run.left(trained) == before
+    assert tiny_run.left(trained) == before and not any(tmp_path.iterdir())
 
 
 def test_rows_that_the_devices_cannot_share():

@@ -73,6 +73,18 @@ def test_out_that_cannot_be_made(workdir):
         export.export(workdir, "merged", workdir / "config.json" / "out")
 
 
+def test_a_base_that_is_gone_is_not_blamed_on_out(workdir, monkeypatch):
+    gone = str(workdir.parent / "base" / "model.safetensors")
+
+    def reads(*arguments):
+        raise FileNotFoundError(2, "No such file or directory", gone)
+
+    monkeypatch.setattr(export, "write_merged", reads)
+    with pytest.raises(FileNotFoundError):
+        export.export(workdir, "merged", workdir.parent / "out")
+    assert not left(workdir)
+
+
 # ---- faults: nothing appears ----------------------------------------------------------------
 
 

@@ -1,7 +1,6 @@
-"""The generated word problems: reproducible, correct, varied, fluent; and their checker."""
+"""The generated word problems: reproducible, correct, varied, fluent."""
 
 import json
-import pathlib
 import re
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from gemma_lora.data.generated import problems, write
 from gemma_lora.errors import UserError
 from gemma_lora.sums import arithmetic, final_answer
 
-GSM8K = pathlib.Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 FINAL = re.compile(r"#### [1-9][0-9]*")
 ANNOTATED = re.compile(r"<<([0-9+*/-]+)=([0-9]+)>>\2(?![0-9])")
 
@@ -53,6 +51,13 @@ def test_answers_check_clean_and_agree_with_a_second_evaluator(many):
         assert not arithmetic(problem["answer"]) and not final_answer(problem["answer"])
         for expression, value in ANNOTATED.findall(problem["answer"]):
             assert eval(expression) == int(value) >= 2
+
+
+def test_ids_of_two_seeds_differ():
+    assert [p["id"] for p in (*problems(1), *problems(1, 3))] == [
+        "generated-000000",
+        "generated-3-000000",
+    ]
 
 
 def test_format(many):

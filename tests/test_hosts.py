@@ -306,10 +306,14 @@ def test_flags_that_do_not_go_together(flags, message, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "message,waits",
-    [("UNKNOWN: Gloo: Connection closed by peer", [17]), ("RESOURCE_EXHAUSTED: 9 GiB", [])],
+    "message,waits,code",
+    [
+        ("UNKNOWN: Gloo: Connection closed by peer", [17], 1),
+        ("INVALID_ARGUMENT: a shape", [], 1),
+        ("RESOURCE_EXHAUSTED: 9 GiB", [], 2),
+    ],
 )
-def test_who_has_failed_is_heard_before_the_end(message, waits, monkeypatch):
+def test_who_has_failed_is_heard_before_the_end(message, waits, code, monkeypatch):
     """A lost connection waits for JAX's service, which knows; a fault of its own does not."""
     slept = []
 
@@ -325,7 +329,7 @@ def test_who_has_failed_is_heard_before_the_end(message, waits, monkeypatch):
     monkeypatch.setattr(distributed.os, "_exit", exits)
     with pytest.raises(SystemExit) as exit_:
         distributed.run(fails)
-    assert exit_.value.code == 1 and slept == waits
+    assert exit_.value.code == code and slept == waits
 
 
 def test_other_flags_are_left_to_the_program(monkeypatch):

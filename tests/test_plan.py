@@ -6,6 +6,7 @@ import sys
 
 import common
 import jax
+import numpy as np
 import pytest
 import tiny
 
@@ -13,7 +14,7 @@ from gemma_lora import ahead, hlo, plan
 from gemma_lora.arch import Arch, get_arch
 from gemma_lora.config import default
 from gemma_lora.errors import UserError
-from gemma_lora.sharding import bytes_a_device, make_mesh
+from gemma_lora.sharding import AXES, bytes_a_device, make_mesh
 
 
 def config_of(**changes):
@@ -122,6 +123,24 @@ def test_time_and_money_by_hand(job):
         config.update_from_flattened_dict(changes)
         row = plan.plan(job._replace(config=config), 1000, None)
         assert (row["steps"], row["eval_steps"]) == expected, changes
+
+
+def test_examples_are_counted_where_nothing_is_fetched():
+    count = plan.count_examples
+    assert count(config_of(**{"data.source": "generated:7"})) == 7
+    assert count(config_of(**{"data.source": "generated:7", "data.limit": 5})) == 5
+    assert count(config_of(**{"data.source": "tfds:gsm8k"})) is None
+
+
+@pytest.mark.parametrize(("tensor", "heads"), [(1, 4), (2, 2), (4, 4)])
+def test_heads_stay_with_their_keys_in_the_attention_counted(tensor, heads):
+    """Gemma 2 tiny: 4 heads, 2 of keys; of 16 positions a local layer sees the last 8."""
+    arch = common.tiny_arch("gemma2")
+    assert (arch.heads, arch.kv_heads) == (4, 2)
+    mesh = jax.sharding.AbstractMesh((1, 1, tensor), AXES)
+    seen = [sum(min(i + 1, 8 if local else 16) for i in range(16)) for local in arch.is_local]
+    got = plan._attention_flops({"attention": 3}, arch, mesh, 2, 16)
+    assert got == 3 * 2 * np.mean(seen) * 2 * heads * arch.head_dim
 
 
 def test_nothing_is_assumed_that_was_not_given(job):

@@ -367,7 +367,7 @@ def test_data_or_weights_that_changed_since_the_run_began(straight, inputs, tmp_
         tiny_run.run(workdir, c)
     shutil.copy(inputs / "validation.jsonl", path)
     tensors = load_file(other / "model.safetensors")
-    tensors["model.embed_tokens.weight"][3, 0] += 1e-3
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 0] += 1e-3
     save_file(tensors, other / "model.safetensors")
     with pytest.raises(UserError, match="the weights are no longer those of the run in"):
         tiny_run.run(workdir, c)

@@ -1,6 +1,7 @@
 """Completions without their prompts: what is left of them, their losses, what is written."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,16 +97,18 @@ def test_what_the_command_writes(run):
     assert "\n- `ifd`: loss of the completion as a share" in (run / "outliers.md").read_text()
 
 
-def test_a_run_of_other_devices_is_opened_on_these(run, capsys, monkeypatch):
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_a_run_of_other_devices_is_opened_on_these(run, capsys, axis):
     config = run / "config.json"
     before = config.read_text()
     try:
-        config.write_text(before.replace('"fsdp": -1', '"fsdp": 8'))
-        assert config.read_text() != before
+        values = json.loads(before)
+        values["mesh"][axis] = 8
+        config.write_text(json.dumps(values))
         assert reopen(run).mesh.size == 1
     finally:
         config.write_text(before)
-    assert "mesh: the default for 1 devices" in capsys.readouterr().out
+    assert "needs 8 devices, but there are 1: the default mesh" in capsys.readouterr().out
 
 
 def test_rows_cut_before_their_completion(run, monkeypatch):

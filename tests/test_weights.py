@@ -19,7 +19,7 @@ from tiny import TINY, tiny_weights, write_tiny
 
 from gemma_lora.arch import ARCHS, Arch
 from gemma_lora.weights import mapping
-from gemma_lora.weights.pretrained import Pretrained, open_weights
+from gemma_lora.weights.pretrained import Pretrained, fingerprint, open_weights
 
 # ---- values ---------------------------------------------------------------------------------
 
@@ -266,7 +266,7 @@ import dataclasses, sys, jax, jax.numpy as jnp, numpy as np
 from gemma_lora.model import Transformer
 from gemma_lora.sharding import make_mesh
 from gemma_lora.weights.mapping import flatten
-from gemma_lora.weights.pretrained import load_base, open_weights
+from gemma_lora.weights.pretrained import load_base, fingerprint, open_weights
 from test_weights import NORM, Recorder, metered
 assert jax.device_count() == 8
 pretrained = open_weights(sys.argv[1], "auto")
@@ -357,3 +357,13 @@ def test_a_name_held_twice_is_named(tmp_path):
     recorder.names = lambda: [*names, names[3]]
     text = message(load, dataclasses.replace(pretrained, tensors=recorder))
     assert "twice" in text and names[3] in text and not recorder.reads
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_fingerprint_sees_what_was_changed_moved_or_negated(dtype):
+    x = jnp.arange(1, 25).reshape(2, 3, 4).astype(dtype)
+    others = (x, x[::-1], x[:, ::-1], x[:, :, ::-1], -x, x.at[1, 2, 3].add(1))
+    found = [fingerprint({"layers": {"w": each}}) for each in others]
+    assert len(set(found)) == len(others) and all(len(f) == 8 for f in found)
+    two = fingerprint({"layers": {"a": x, "b": -x}}), fingerprint({"layers": {"a": -x, "b": x}})
+    assert two[0] != two[1]

@@ -1,4 +1,4 @@
-"""Generated arithmetic word problems in GSM8K's answer format, and an exact checker for it.
+"""Generated arithmetic word problems in GSM8K's answer format.
 
 A scene (cookies, mowing lawns, a hike, ...) supplies the words of a family's step templates; a
 seeded choice of opening, events and ending composes 2 to 5 steps into one problem.

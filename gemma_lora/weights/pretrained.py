@@ -253,18 +253,30 @@ def load_base(pretrained: Pretrained, model: Transformer, mesh: Mesh) -> dict[st
 
 
 @jax.jit
-def _sum_of_bits(leaves: list[jax.Array]) -> jax.Array:
-    """Of integers, so the same however the leaves are split and in whatever order."""
-    total = jnp.uint32(0)
-    for x in leaves:
-        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-        total = total * 3 + jnp.sum(bits, dtype=jnp.uint32)
-    return total
+def _sum_of_bits(layers: list[jax.Array]) -> jax.Array:
+    """Of integers, so the same however the leaves are split over devices; of each element's bits
+    and position, mixed as MurmurHash3 ends, so that what is moved or negated counts."""
+
+    def add(total: jax.Array, leaves: list[jax.Array]) -> tuple[jax.Array, None]:
+        for x in leaves:
+            h = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+            stride = 1
+            for axis in reversed(range(x.ndim)):
+                position = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+                h += position * jnp.uint32(stride * 0x9E3779B9 % 2**32)
+                stride *= x.shape[axis]
+            h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+            h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+            total = total * 3 + jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+        return total, None
+
+    # A layer at a time: an array of 32 bits of all would be twice the weights.
+    return jax.lax.scan(add, jnp.uint32(0), layers)[0]
 
 
 def fingerprint(base: dict[str, Any]) -> str:
-    """Eight digits that other base weights, or in another dtype, would not have; of any mesh."""
-    return f"{int(_sum_of_bits(jax.tree.leaves(base))):08x}"
+    """Eight digits that layers of other weights or another dtype would not have, on any mesh."""
+    return f"{int(_sum_of_bits(jax.tree.leaves(base['layers']))):08x}"
 
 
 def build_model(arch: Arch, config: Any, wrap: Callable, mesh: Mesh | None = None) -> Transformer:
