@@ -266,7 +266,7 @@ import dataclasses, sys, jax, jax.numpy as jnp, numpy as np
 from gemma_lora.model import Transformer
 from gemma_lora.sharding import make_mesh
 from gemma_lora.weights.mapping import flatten
-from gemma_lora.weights.pretrained import load_base, fingerprint, open_weights
+from gemma_lora.weights.pretrained import fingerprint, load_base, open_weights
 from test_weights import NORM, Recorder, metered
 assert jax.device_count() == 8
 pretrained = open_weights(sys.argv[1], "auto")
@@ -274,10 +274,12 @@ alone = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
 mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
 for quantize in ("", "int8"):
     model = Transformer(pretrained.arch, jnp.float32, jnp.float32, quantize=quantize)
-    one = flatten(load_base(pretrained, model, alone))
+    one = load_base(pretrained, model, alone)
     recorder = Recorder(pretrained.tensors)
     sharded = dataclasses.replace(pretrained, tensors=recorder)
-    eight = flatten(load_base(sharded, model, mesh))
+    eight = load_base(sharded, model, mesh)
+    assert fingerprint(one) == fingerprint(eight)
+    one, eight = flatten(one), flatten(eight)
     for path, x in eight.items():
         assert x.dtype == one[path].dtype
         np.testing.assert_array_equal(np.asarray(x), np.asarray(one[path]), err_msg=path)
