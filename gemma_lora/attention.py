@@ -181,6 +181,11 @@ def block(
     return jnp.concatenate(parts, axis=1)
 
 
+def splits_heads(kv_heads: int, tensor: int) -> bool:
+    """Does splash split heads over `tensor` devices: where each then has the keys of its own."""
+    return kv_heads == 1 or kv_heads % tensor == 0
+
+
 def splash(
     q: jax.Array,
     k: jax.Array,
@@ -231,8 +236,7 @@ def splash(
     )
     segments = jnp.pad(segments, ((0, 0), (0, whole - length)))
     if mesh is not None and mesh.size > 1:
-        # Heads are split where each device then has the keys of its own heads.
-        split = k.shape[1] == 1 or k.shape[1] % mesh.shape["tensor"] == 0
+        split = splits_heads(k.shape[1], mesh.shape["tensor"])
         of_q = spec(("B", "N" if split else None, None, None), q.shape, mesh)
         of_k = spec(("B", "K", None, None), k.shape, mesh) if split else of_q
         rows = spec(("B", None), segments.shape, mesh)

@@ -19,7 +19,7 @@ from absl import flags
 
 from gemma_lora import ahead
 from gemma_lora.arch import Arch, get_arch
-from gemma_lora.attention import chosen
+from gemma_lora.attention import chosen, splits_heads
 from gemma_lora.config import parse_flags
 from gemma_lora.data import sources
 from gemma_lora.data.pipeline import in_steps
@@ -218,9 +218,8 @@ def _attention_flops(facts: dict[str, Any], arch: Arch, mesh: Any, rows: int, le
 
     seen = [pairs(arch.window if local else length) for local in arch.is_local]
     sizes = ahead.letter_sizes(arch, mesh, rows, length)
-    # As attention.splash has it: heads stay together where their keys do.
-    together = arch.kv_heads > 1 and arch.kv_heads % mesh.shape["tensor"]
-    heads = arch.heads if together else sizes["N"]
+    split = splits_heads(arch.kv_heads, mesh.shape["tensor"])
+    heads = sizes["N"] if split else arch.heads
     each = 2 * sum(seen) / len(seen) * sizes["B"] * heads * arch.head_dim
     return facts["attention"] * each
 

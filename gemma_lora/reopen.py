@@ -92,8 +92,11 @@ def _read_config(workdir: pathlib.Path) -> ConfigDict:
 def load(opened: Run) -> dict[str, Any]:
     """The base weights on the devices; UserError where they are not those of the run."""
     base = load_base(opened.pretrained, opened.model, opened.mesh)
-    if fingerprint(base) != opened.weights:
-        raise UserError(f"{opened.config.weights}: these are no longer the weights of the run")
+    if (found := fingerprint(base)) != opened.weights:
+        raise UserError(
+            f"{opened.config.weights}: these are no longer the weights of the run: got {found}, "
+            f"expected {opened.weights}; put those back that it was trained on, or train it anew"
+        )
     return base
 
 

@@ -167,10 +167,14 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         for what in ("data", "weights"):
             if what not in old:
                 raise UserError(
-                    f"the checkpoints in {workdir} are of another version of gemma_lora"
+                    f"the checkpoints in {workdir} are of another version of gemma_lora: they do "
+                    f"not say which {what} they had; give another --workdir"
                 )
             if old[what] != notes[what]:
-                raise UserError(f"the {what} are no longer those of the run in {workdir}")
+                raise UserError(
+                    f"the {what} are no longer those of the run in {workdir}: got {notes[what]}, "
+                    f"expected {old[what]}; give another --workdir, or the {what} it began with"
+                )
         notes = old
         say(f"   continuing from the checkpoint of step {start}")
 
