@@ -1,7 +1,6 @@
 """Attention: every implementation against the reference, and what compiles for a TPU."""
 
 import functools
-import importlib.util
 from types import SimpleNamespace
 
 import common
@@ -10,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
+from gemma_lora import ahead
 from gemma_lora import attention as module
 from gemma_lora import model as model_module
 from gemma_lora.arch import get_arch
@@ -150,13 +149,10 @@ def test_splash_on_a_mesh_equals_the_reference():
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
 @pytest.mark.parametrize("name", ["gemma_2b", "gemma2_2b", "qwen2_0p5b"])
-def test_splash_compiles_for_a_tpu(name, topology, monkeypatch):
+def test_splash_compiles_for_a_tpu(name, topology):
     """Forward and backward, local and global layers, split over rows and heads; nothing [T,S]."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu, the TPU's compiler, is not installed")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, devices)
+    common.needs("libtpu")
+    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, ahead.devices_of(topology))
     arch, length = get_arch(name), 600
     assert choose("auto", arch, jnp.bfloat16, length, mesh) == ("splash", "")
 
