@@ -200,9 +200,8 @@ def _key(arch: Arch, config: Any, topology: str, mesh: Mesh, rows: int, length: 
     parts = {
         "arch": dataclasses.asdict(arch),
         "config": {k: getattr(config, k) for k in names}
-        | {k: config[k].to_dict() for k in sections}
-        | {"micro_batches": config.train.micro_batches},
-        "run": [topology, dict(mesh.shape), rows, length, step],
+        | {k: config[k].to_dict() for k in sections},
+        "run": [topology, dict(mesh.shape), rows, rows_at_once(config, rows, step), length, step],
         "flags": {k: os.environ.get(k, "") for k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
         "versions": {p: _version(p) for p in ("jax", "jaxlib", "flax", "optax", "libtpu")},
     }

@@ -64,8 +64,11 @@ def needs(package: str):
     return pytest.importorskip(package, reason=f"{package} is not installed")
 
 
-def on_eight_devices(script: str) -> None:
-    """Runs a script that ends by printing 'equal' in a process with eight devices of the host."""
+def on_eight_devices(script: str, quick: bool = False) -> None:
+    """Runs a script that ends by printing 'equal' in a process with eight devices of the host.
+
+    quick: it compiles with few optimisations.
+    """
     here = pathlib.Path(__file__).parent
     flags = "--xla_force_host_platform_device_count=8"
     done = subprocess.run(
@@ -75,6 +78,7 @@ def on_eight_devices(script: str) -> None:
             "XLA_FLAGS": flags,
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": os.pathsep.join((str(here), str(here.parent))),
+            **({"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if quick else {}),
         },
         capture_output=True,
         text=True,

@@ -298,7 +298,7 @@ print("equal")
 
 
 def test_sharded_on_eight_devices_equals_one_device():
-    common.on_eight_devices(SHARDED)
+    common.on_eight_devices(SHARDED, quick=True)
 
 
 # ---- what is refused --------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from gemma_lora.arch import ARCHS, Arch
 from gemma_lora.weights import orbax
 from gemma_lora.weights.pretrained import open_weights
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 
 
