@@ -5,8 +5,10 @@ checkpoint is restored, with the run's own bookkeeping; (3) its data fingerprint
 run's; (4) metrics written after it are dropped, since they will be written again.
 """
 
+import contextlib
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -47,15 +49,32 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
-        """Starts a save. The checkpoint of notes['best_step'] stays, those before it go."""
+        """Starts a save, in place of one of the same step. The checkpoint of notes['best_step']
+        stays, those before it go. Raises UserError where this save or the last finds no room."""
         self._keep.best = notes["best_step"]
-        # A copy: another thread writes it later, while the run changes its own.
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(dict(notes))
-            ),
-        )
+        with self._room():
+            if step in self._manager.all_steps():
+                self._manager.delete(step)
+            # A copy: another thread writes it later, while the run changes its own.
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(dict(notes))
+                ),
+            )
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """UserError for a full disk, of which tensorstore says only in words."""
+        try:
+            yield
+        except Exception as e:
+            if not re.search("no space left|quota exceeded", str(e), re.IGNORECASE):
+                raise
+            raise UserError(
+                f"{self._directory}: no space is left for a checkpoint; make room, and the same "
+                "command continues the run"
+            ) from e
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -82,5 +101,6 @@ class Checkpoints:
         return restored.state, restored.notes
 
     def close(self) -> None:
-        """Waits for a save under way."""
-        self._manager.close()
+        """Waits for a save under way; raises UserError where it finds no room."""
+        with self._room():
+            self._manager.close()

@@ -128,12 +128,13 @@ def check(config: ConfigDict) -> None:
             f"the config lacks {', '.join(missing)}: start from gemma_lora.config.default()"
         )
     for key, usual in valid.items():
-        if not isinstance(got[key], (int, float) if isinstance(usual, float) else type(usual)):
+        kinds = (int, float) if isinstance(usual, float) else type(usual)
+        if not isinstance(got[key], kinds) or isinstance(got[key], bool) != isinstance(usual, bool):
             raise UserError(f"{key} is {got[key]!r}, expected a {type(usual).__name__}")
         if isinstance(usual, float) and not math.isfinite(got[key]):
             raise UserError(f"{key} is {got[key]}, expected a finite number")
-    if config.seed >= 2**63:
-        raise UserError(f"seed is {config.seed}, expected less than 2**63")
+    if config.seed >= 2**32:  # of which JAX's keys are made
+        raise UserError(f"seed is {config.seed}, expected less than 2**32")
     if config.dtype not in ("bfloat16", "float32"):
         why = ": Gemma overflows in float16 and gives NaN" if config.dtype == "float16" else ""
         raise UserError(f"dtype {config.dtype!r}{why}; expected bfloat16 or float32")

@@ -2,7 +2,8 @@
 
     python -m gemma_lora.evaluate --config C [--adapter DIR] --config.data.path=F --out DIR
 
-prints one JSON line and writes DIR/ledger/*.parquet. Without --adapter it evaluates the base model.
+prints one JSON line, which names the data, and writes DIR/ledger/*.parquet. It takes data.path or
+data.source, never data.validation_path. Without --adapter it evaluates the base model.
 On several hosts each process gets the command, with the flags of gemma_lora/distributed.py.
 """
 
@@ -10,7 +11,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from gemma_lora import distributed
 from gemma_lora.compiled import keep_compiled
 from gemma_lora.config import parse_flags, to_dict
 from gemma_lora.data import sources
-from gemma_lora.data.dataset import Dataset, shapes
+from gemma_lora.data.dataset import Batch, Dataset, shapes
 from gemma_lora.data.examples import check_vocabulary, tokenize
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError
@@ -59,12 +60,24 @@ COLUMNS = {
 SEEN = {k: COLUMNS[k] for k in ("id", "step", "tokens", "nll", "nll_max")}
 
 
+class StoppedError(Exception):
+    """An evaluation was asked to stop; nothing is kept of it."""
+
+
 def ledger_rows(
-    eval_step: Callable, lora: Any, base: Any, data: Dataset, mesh: Mesh, split: str, step: int
+    eval_step: Callable,
+    lora: Any,
+    base: Any,
+    data: Dataset,
+    mesh: Mesh,
+    split: str,
+    step: int,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, np.ndarray]:
     """Runs the set once, dropout off -> one row per example, in the set's order, as columns.
 
-    eval_step gives every process the values of all rows.
+    eval_step gives every process the values of all rows. Raises StoppedError at the first batch
+    where `stop` says so.
 
     tokens: targets that carry loss; nll: their summed -log p; nll_max: the largest; correct: how
     many are the greedy choice; margin and el2n: means over those of the completion, or all where
@@ -79,9 +92,23 @@ def ledger_rows(
     largest = np.full(n, -np.inf)
     whose = []
     label_logits = np.full((n, len(data.label_tokens)), np.nan)
-    for i in range(data.steps_per_epoch):
-        batch = data.batch_at(i)
-        values = jax.device_get(eval_step(lora, base, to_global(batch.arrays, mesh)))
+
+    def evaluated() -> Iterator[tuple[Batch, dict[str, jax.Array]]]:
+        """Each batch when the next is under way, as the devices need not wait for the host."""
+        before = None
+        for i in range(data.steps_per_epoch):
+            if stop():
+                raise StoppedError
+            batch = data.batch_at(i)
+            values = eval_step(lora, base, to_global(batch.arrays, mesh))
+            if before is not None:
+                yield before
+            before = batch, values
+        if before is not None:
+            yield before
+
+    for batch, on_device in evaluated():
+        values = jax.device_get(on_device)
         owner, answer = batch.owner, batch.answer
         mine = owner >= 0
         if data.label_tokens:

@@ -61,7 +61,7 @@ def explain(
     if (label >= 0).any():
         try:
             found = confident.find(label, confident.read(workdir, columns["id"]))
-            doubted, lines = found.issue, _confident(found)
+            doubted, lines = found.issue, _confident(found, _words(examples))
         except UserError as e:
             lines = ["", "# Confident learning", "", f"Not computed: {e}."]
     categories = []
@@ -78,7 +78,7 @@ def _categories(categories: list[str], worst: np.ndarray) -> list[str]:
     lines = ["", f"# Categories of the {len(worst)} most suspicious", ""]
     lines += [
         "An example's category is the first below that it has a reason for: a rule that it breaks, "
-        f"or a score of which it is in the highest {WORST:.0%}.",
+        f"or a score by which its rank is in the highest {WORST:.0%} (equal ones share theirs).",
         "",
         *(f"- `{k}`: {why}" for k, why in LABEL_REASONS.items()),
         "",
@@ -93,14 +93,18 @@ def _categories(categories: list[str], worst: np.ndarray) -> list[str]:
     ]
 
 
+def _words(examples: list[dict[str, Any]]) -> dict[int, str]:
+    return {e["label"]: e["answer"].strip() for e in examples if e["label"] >= 0}
+
+
 def _shared(examples: list[dict[str, Any]], worst: np.ndarray, categories: list[str]) -> list[str]:
     """Traits and clusters of the worst against all others."""
     flagged = np.zeros(len(examples), bool)
     flagged[worst] = True
     features = traits.measure([(e["prompt"], e["answer"]) for e in examples])
-    words = {e["label"]: e["answer"].strip() for e in examples if e["label"] >= 0}
+    words = _words(examples)
     labels = np.array([e["label"] for e in examples])
-    features |= {f"label {words[k]!r}": labels == k for k in sorted(words)}
+    features |= {f"label {code(words[k])}": labels == k for k in sorted(words)}
     tested = traits.lifts(flagged, features)
     certain = [t for t in tested if t.p < 0.05]
     lines = ["", f"# Traits of the {len(worst)} most suspicious", ""]
@@ -108,9 +112,11 @@ def _shared(examples: list[dict[str, Any]], worst: np.ndarray, categories: list[
         f"Of {len(tested)} traits measured, those that they have more or less often than the "
         f"{len(examples) - len(worst)} others, Fisher's exact p below 0.05 after Holm's correction "
         "for all of them. Numbers are cut at the quartiles. Lift is the ratio of the two shares "
-        "(Katz's 95 % interval; 0.5 is added to every cell where one is 0).",
+        "(Katz's 95 % interval; 0.5 is added to every cell where one side has none).",
         "",
         *(_table(certain) if certain else ["None was found."]),
+        "",
+        *_meanings(certain),
     ]
     groups = traits.clusters([e["text"] for e in examples], flagged)
     lines += ["", f"# Clusters of the {len(worst)} most suspicious", ""]
@@ -126,7 +132,7 @@ def _shared(examples: list[dict[str, Any]], worst: np.ndarray, categories: list[
         found = [t for t in traits.lifts(inside, features, ~flagged) if t.p < 0.05]
         kinds = ", ".join(sorted({categories[i] for i in rows}))
         lines += [f"- {len(rows)} examples with {', '.join(top)} ({kinds}): "
-                  f"{', '.join(examples[i]['id'] for i in rows)}"]  # fmt: skip
+                  f"{', '.join(code(examples[i]['id']) for i in rows)}"]  # fmt: skip
         lines += ["", *_table(found), ""] if found else []
     return lines if groups else [*lines, "None was found."]
 
@@ -140,8 +146,20 @@ def _table(found: list[traits.Trait]) -> list[str]:
     return ["| trait | these | others | lift | p |", "| --- | --- | --- | --- | --- |", *rows]
 
 
-def _confident(found: confident.Issues) -> list[str]:
+def _meanings(found: list[traits.Trait]) -> list[str]:
+    """What the features that the traits are of count, where that is not their name."""
+    names = dict.fromkeys(t.name.partition(": ")[0] for t in found)
+    return [f"- {k}: {code(traits.FEATURES[k][0])}" for k in names if k in traits.FEATURES]
+
+
+def code(text: str) -> str:
+    """One line of code in Markdown, which reads nothing else into an id or a text."""
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
+
+
+def _confident(found: confident.Issues, words: dict[int, str]) -> list[str]:
     issues = int(found.issue.sum())
+    named = [code(words.get(k, str(k))) for k in range(len(found.joint))]
     lines = ["", "# Confident learning", ""]
     lines += [
         f"Of {found.known} labels {issues} ({issues / found.known:.1%}) are doubted out of fold: "
@@ -149,10 +167,14 @@ def _confident(found: confident.Issues) -> list[str]:
         "likeliest is another. The model's own mistakes count, too: with a weak model there are "
         "more of these than label errors.",
         "",
-        "| given label | threshold | examples confidently of label 0, 1, ... |",
+        "Of each given label, the p above which an example counts as confidently of a label, and "
+        f"how many are so of {', '.join(named)} (of its own at least 1, as cleanlab counts).",
+        "",
+        "| given label | threshold | examples confidently of each |",
         "| --- | --- | --- |",
     ]
     rows = zip(found.thresholds, found.joint, strict=True)
     return lines + [
-        f"| {k} | {t:.3f} | {', '.join(map(str, x))} |" for k, (t, x) in enumerate(rows)
+        f"| {name} | {t:.3f} | {', '.join(map(str, x))} |"
+        for name, (t, x) in zip(named, rows, strict=True)
     ]

@@ -37,12 +37,13 @@ from gemma_lora.files import path_argument, remote, write_text
 from gemma_lora.lora import LoRAConfig, merge, merged, modules
 from gemma_lora.metrics import banner
 from gemma_lora.model import Transformer, head_weight, logits
+from gemma_lora.reopen import FINGERPRINTS, check_weights
 from gemma_lora.sharding import make_mesh, tree_shardings
 from gemma_lora.tokenizer import Tokenizer
 from gemma_lora.vocabulary import read_json
 from gemma_lora.weights import mapping, peft
 from gemma_lora.weights.pretrained import Pretrained, load_base, open_weights
-from gemma_lora.workdir import read_config
+from gemma_lora.workdir import read_config, read_records
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # ours -> safetensors'
 SHARD_GB = 5.0  # the largest file of weights in 10^9 bytes
@@ -128,11 +129,21 @@ def export(
             base_model = pretrained.base_name, pretrained.inner, pretrained.revision
             peft.export(directory, lora, config, pretrained.arch, *base_model)
             return facts | check_adapter(tuned, directory)
+        _check_base(workdir, run, pretrained)
         dtype = dtype or run["dtype"]
         sums = write_merged(tuned, directory, dtype, shard_gb or SHARD_GB)
         if run["quantize"]:
             facts["merged into"] = f"the base's own weights, not those in {run['quantize']}"
         return facts | check_merged(tuned, directory, dtype, sums)
+
+
+def _check_base(workdir: pathlib.Path, run: dict[str, Any], pretrained: Pretrained) -> None:
+    """UserError where the base weights are no longer those that the run adapted."""
+    [made], _ = read_records(workdir / "run.json", FINGERPRINTS)
+    dtype = jnp.dtype(run["dtype"])
+    model = Transformer(pretrained.arch, dtype, dtype, quantize=run["quantize"])
+    base = load_base(pretrained, model, _mesh())
+    check_weights(run["weights"], base, made["weights_fingerprint"])
 
 
 @contextlib.contextmanager

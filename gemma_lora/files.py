@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -44,7 +45,9 @@ def path_of(text: str) -> pathlib.Path | epath.Path:
 
 
 def local_path(text: str) -> pathlib.Path:
-    """With the home directory for ~; raises UserError where there is none."""
+    """With the home directory for ~; raises UserError where there is none, and for half a URL."""
+    if re.match(r"(gs|s3|https?|file):/", text):
+        raise UserError(f"{text}: expected a local path, or gs://bucket/...")
     try:
         return pathlib.Path(text).expanduser()
     except RuntimeError as e:
@@ -64,6 +67,10 @@ def remote(path: pathlib.Path | epath.Path) -> bool:
     return not isinstance(path, pathlib.Path)
 
 
+_UMASK = os.umask(0)  # which can only be read by setting it
+os.umask(_UMASK)
+
+
 @contextlib.contextmanager
 def replace_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives a temporary path; its file becomes `path` if the block succeeds."""
@@ -79,7 +86,7 @@ def replace_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     temporary = pathlib.Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)  # mkstemp makes files that only their owner can read
+        temporary.chmod(0o666 & ~_UMASK)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -94,7 +101,7 @@ def replace_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     temporary = pathlib.Path(tempfile.mkdtemp(dir=where, prefix=f".{path.name}."))
     try:
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes directories that only their owner can enter
+        temporary.chmod(0o777 & ~_UMASK)  # mkdtemp makes them so that only their owner can enter
         if not remote(path):
             old = temporary.with_name(f"{temporary.name}.old")
             if path.exists():

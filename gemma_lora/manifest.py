@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -11,6 +12,8 @@ from typing import Any
 
 from gemma_lora.files import path_of, sha256
 
+# What another start of the same run may have otherwise.
+OF_A_START = ("devices", "versions", "commit", "host")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
@@ -39,6 +42,31 @@ def facts(config: Any) -> dict[str, Any]:
             "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
         },
     }
+
+
+def before(file: pathlib.Path) -> dict[str, Any]:
+    """The run.json that earlier starts of a run left; {} where there is none to be read."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def joined(before: dict[str, Any], now: dict[str, Any], made_steps: bool) -> dict[str, Any]:
+    """The run.json of a run whose earlier starts left `before`; `now`: that of this start alone.
+
+    earlier: OF_A_START of those that had another one, with the step each came to. A start that made
+    no step says nothing of how the run was made.
+    """
+    earlier = before.get("earlier", [])
+    if not made_steps:
+        kept = (*OF_A_START, "phases", "peak_memory")
+        return now | {k: before[k] for k in kept if k in before} | {"earlier": earlier}
+    if before and any(before.get(k) != now[k] for k in OF_A_START):
+        earlier = [*earlier, {k: before.get(k) for k in ("steps", *OF_A_START)}]
+    memory = [x["peak_memory"] for x in (before, now) if x.get("peak_memory")]
+    most = {k: max((m[k] for m in memory if m.get(k)), default=None) for k in now["peak_memory"]}
+    return now | {"peak_memory": most, "earlier": earlier}
 
 
 def commit(root: pathlib.Path) -> str | None:

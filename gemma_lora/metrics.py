@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import tensorboardX
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from gemma_lora import STARTED
 from gemma_lora.files import remote, write_text
+from gemma_lora.workdir import read_records
 
 
 def say(text: str = "") -> None:
@@ -60,8 +60,11 @@ def peak_memory() -> dict[str, int | None]:
 class Metrics:
     """Writes records to <workdir>/metrics.jsonl and TensorBoard, lines to the terminal."""
 
-    def __init__(self, workdir: pathlib.Path, start: int | None, total: int):
-        """Drops what was written after step `start` (None: everything): it comes again.
+    def __init__(
+        self, workdir: pathlib.Path, start: int | None, total: int, eval_due: bool = False
+    ):
+        """Drops what was written after step `start` (None: everything), and, where it is due, the
+        eval of that step: it comes again.
 
         spent: the seconds of the run that the records told of, those of the dropped among them.
         """
@@ -70,15 +73,16 @@ class Metrics:
         if not self._on:
             return
         self.path = workdir / "metrics.jsonl"
-        old = read(self.path) if self.path.exists() else []
+        old = read_records(self.path, ("kind", "step"))[0] if self.path.exists() else []
         first = 0 if start is None else start + 1
-        kept = [r for r in old if r["step"] < first]
+        again = ("eval", start) if eval_due else ()
+        kept = [r for r in old if r["step"] < first and (r["kind"], r["step"]) != again]
         self.spent = max((r.get("seconds") or 0.0 for r in old), default=0.0)
         self._lines = [json.dumps(r) + "\n" for r in kept]
         write_text(self.path, "".join(self._lines))
         # Nothing can be appended to the objects of a bucket.
         self._file = None if remote(self.path) else self.path.open("a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first)
+        self._board = _Board(workdir / "tensorboard", first)
         self._bar = None
         if sys.stdout.isatty():
             self._bar = Progress(
@@ -102,10 +106,11 @@ class Metrics:
         else:
             self._file.write(text)
             self._file.flush()
-        for k, v in clean.items():
-            if isinstance(v, (int, float)) and k != "step":
-                name = k if "/" in k else f"{record['kind']}/{k}"
-                self._board.add_scalar(name, v, record["step"])
+        self._board.write(
+            {k if "/" in k else f"{record['kind']}/{k}": v for k, v in clean.items()
+             if isinstance(v, (int, float)) and k != "step"},
+            record["step"],
+        )  # fmt: skip
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"])
             self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -114,28 +119,65 @@ class Metrics:
 
     def save(self) -> None:
         """Writes what a bucket lacks: before a checkpoint, as none of it comes again after that."""
-        if self._on and self._file is None:
-            write_text(self.path, "".join(self._lines))
+        if self._on:
+            if self._file is None:
+                write_text(self.path, "".join(self._lines))
+            self._board.flush()
 
     def close(self) -> None:
+        if self._on and self._bar is not None:
+            self._bar.stop()
         self.save()
-        if self._on:
-            if self._bar is not None:
-                self._bar.stop()
-            if self._file is not None:
-                self._file.close()
-            self._board.close()
+        if self._on and self._file is not None:
+            self._file.close()
 
 
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a line cut short by a kill ends them."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+class _Board:
+    """TensorBoard's events, a convenience: metrics.jsonl is the record. So an error ends them,
+    which is said, and not the run. tensorboardX's SummaryWriter is a thread: such an error would
+    end it unseen, and what then waits for it waits for ever."""
+
+    def __init__(self, directory: pathlib.Path, first: int):
+        """TensorBoard forgets what earlier starts wrote from step `first` on."""
+        # It imports torch where that is installed: seconds, which no other command need spend.
+        from tensorboardX import event_file_writer, record_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._events: event_file_writer.EventsWriter | None = None
+        # A bucket's object is written anew by each flush: only at a checkpoint.
+        self._every = math.inf if remote(directory) else 30.0  # seconds
+        self._flushed = time.monotonic()
+        with self._trying():
+            record_writer.directory_check(str(directory))
+            suffix = f".{time.time_ns()}"  # names are of a second: it keeps two starts apart
+            self._events = event_file_writer.EventsWriter(f"{directory}/events", suffix)
+        self._add(first, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    @contextlib.contextmanager
+    def _trying(self) -> Iterator[None]:
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+            yield
+        except Exception as e:  # of the system, or of a bucket's library
+            print(f"   TensorBoard's events end here: {type(e).__name__}: {e}", flush=True)
+            self._events = None
+
+    def _add(self, step: int, **what: Any) -> None:
+        if self._events is not None:
+            with self._trying():
+                self._events.write_event(self._event(wall_time=time.time(), step=step, **what))
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self._add(step, summary=self._scalar(name, value))
+        if time.monotonic() - self._flushed > self._every:
+            self.flush()
+
+    def flush(self) -> None:
+        self._flushed = time.monotonic()
+        if self._events is not None:
+            with self._trying():
+                self._events.flush()
 
 
 def clock(seconds: float) -> str:

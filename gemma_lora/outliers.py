@@ -11,6 +11,7 @@ e evals.
 import argparse
 import dataclasses
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,20 @@ import pyarrow.compute
 import pyarrow.parquet
 import scipy
 
-from gemma_lora import explain, review, rules
+from gemma_lora import review, rules
 from gemma_lora.errors import UserError, run_main
 from gemma_lora.evaluate import column_names, completion_part, read_table, write_table
+from gemma_lora.explain import code, explain
 from gemma_lora.files import path_argument, require_writable, write_text
 from gemma_lora.workdir import ledger_files, read_config
 
-# Every score is larger where an example is more suspicious. Means over evals are over those after
-# step 0; what is of one eval says which. All are of the completion alone, losses in nats a token,
-# but correctness and forgetting: of all tokens that carry loss, with the prompt's or not.
+RUNNING = 101  # examples that a running median is over
+
+# Every score is larger where an example is more suspicious; base_loss and variability are weak
+# evidence alone (what is always easy varies as little as what is never learnt). Means over evals
+# are over those after step 0; what is of one eval says which. All are of the completion alone,
+# losses in nats a token, but correctness and forgetting: of all tokens that carry loss, with the
+# prompt's or not.
 SCORES = {
     "base_loss": "loss under the base model",
     "loss": "loss at the last eval",
@@ -37,7 +43,8 @@ SCORES = {
     "token_max": "largest loss of a token at the last eval",
     "not_learnt": "loss at the last eval minus loss under the base model",
     "confidence": "minus the mean over evals of exp(-loss) (cartography, Swayamdipta 2020)",
-    "variability": "minus the standard deviation over evals of exp(-loss)",
+    "variability": "minus the standard deviation over evals of exp(-loss): as high for what is "
+    "always easy as for what is never learnt",
     "correctness": "minus the share of tokens that were the first choice, over evals",
     "aum": "minus the margin of the target over the best other token, over evals (Pleiss 2020)",
     "el2n": "norm of the error of p, over the first half of the evals (Paul 2021)",
@@ -45,7 +52,7 @@ SCORES = {
     "label_loss": "-log p of the label among the label words, at the last eval",
     "label_aum": "p of the likeliest other label minus p of the label, over evals",
     "seen_loss": "loss when the example was first trained on, before that step's update, minus the "
-    "running median over the steps",
+    f"running median over {RUNNING} examples",
     "fold_loss": "loss under a model that did not train on the example",
     "fold_label": "-log p of the label under a model that did not train on the example",
     "ifd": "loss of the completion as a share of its loss without the prompt, so near 1 where that "
@@ -66,7 +73,6 @@ LABELLED = ("fold_label", "label_aum")
 UNLABELLED = ("fold_loss", "length_z")
 TOP = 30  # examples shown, unless the command says how many
 OPENING = 20  # tokens
-RUNNING = 101  # examples that a running median is over
 FORGETTING_EVALS = 6  # fewer say nothing about forgetting
 BINS, BIN_LEAST = 10, 20  # length bins; the examples that each must have
 
@@ -148,7 +154,13 @@ def read_ledger(workdir: pathlib.Path) -> Ledger:
 def length_bins(tokens: np.ndarray) -> np.ndarray:
     """[n] -> the number of each example's bin; the bins are quantiles of `tokens`."""
     count = max(1, min(BINS, len(tokens) // BIN_LEAST))
-    edges = np.unique(np.quantile(tokens, np.linspace(0, 1, count + 1)[1:-1]))
+    edges: list[float] = []
+    for edge in np.quantile(tokens, np.linspace(0, 1, count + 1)[1:-1]):
+        low = edges[-1] if edges else -np.inf
+        # Where many have one length, some of the bins would be smaller.
+        inside, behind = ((tokens >= low) & (tokens < edge)).sum(), (tokens >= edge).sum()
+        if min(inside, behind) >= BIN_LEAST:
+            edges.append(edge)
     return np.searchsorted(edges, tokens, side="right")
 
 
@@ -201,10 +213,15 @@ def scores_of(ledger: Ledger, more: dict[str, np.ndarray] | None = None) -> dict
             out["label_loss"] = np.where(labelled, -np.log(right[-1]), np.nan)
         out["label_aum"] = np.where(labelled, (others.max(-1) - right)[tuned].mean(0), np.nan)
     out |= more or {}
-    unlabelled = ("ifd",) if "ifd" in out else UNLABELLED
-    members = LABELLED if labelled.any() else unlabelled
-    ranks = [rank(out[k]) for k in members if k in out]
+    ranks = [rank(out[k]) for k in combined_of(out)]
     return {k: out[k] for k in SCORES if k in out} | {"combined": np.mean(ranks, 0)}
+
+
+def combined_of(scores: Iterable[str]) -> list[str]:
+    """The scores, of those that there are, whose mean rank is `combined`."""
+    if "label_aum" in scores:
+        return [k for k in LABELLED if k in scores]
+    return ["ifd"] if "ifd" in scores else [k for k in UNLABELLED if k in scores]
 
 
 def rank(score: np.ndarray) -> np.ndarray:
@@ -234,7 +251,7 @@ def read_seen(workdir: pathlib.Path, ids: np.ndarray) -> dict[str, np.ndarray]:
     It is of a model that had not trained on the example, at the cost of nothing (prequential loss,
     Dawid 1984); but that model had seen little where the example came early: hence the median.
     """
-    names = ("id", "step", "tokens", "nll")
+    names = ("id", "tokens", "nll")
     tables = [read_table(p, names) for p in ledger_files(workdir, "seen").values()]
     if not tables:
         return {}
@@ -295,7 +312,7 @@ def broken_rules(workdir: pathlib.Path) -> tuple[dict[str, dict[str, str]], list
     seq_len = read_config(workdir, ("data",))["data"]["seq_len"]
     trained = {r.id for r in rows if r.split == "train"}
     rare = rules.imbalance([r for r in rows if r.split == "train"]) or {}
-    lines = [f"- label {words[k]!r}: {share:.1%} of the labelled" for k, share in rare.items()]
+    lines = [f"- label {code(words[k])}: {x:.1%} of the labelled" for k, x in rare.items()]
     broken = {k: v for k, v in rules.check(rows, seq_len).items() if k in trained}
     return broken, ["", "# Rare labels", "", *lines] if lines else []
 
@@ -316,29 +333,38 @@ def markdown(
     lines = [f"# The {len(worst)} most suspicious of {len(columns['id'])} training examples", ""]
     lines += ["Of each score its value and, in brackets, the share of examples below or at it.", ""]
     lines += [f"- `{k}`: {SCORES[k]}" for k in names]
+    lines += [
+        "",
+        f"Ranked by the mean rank of {' and '.join(map(code, combined_of(names)))}.",
+    ]
     lines += ["", looked_at]
+    if lost := [code(i) for i in columns["id"][~np.isfinite(columns["loss"])]]:
+        lines += ["", f"The last eval gave {len(lost)} no finite loss: {', '.join(lost)}."]
     shares = {k: share(columns[k]) for k in names}
     for place, i in enumerate(worst, 1):
         shown = ", ".join(f"{k} {columns[k][i]:.3g} ({shares[k][i]:.3f})" for k in names)
-        lines += ["", f"## {place}. {_code(columns['id'][i])}: {categories[i]}", "", shown, ""]
-        lines += [f"{rule}: {why}\n" for rule, why in broken.get(columns["id"][i], {}).items()]
+        lines += [
+            "",
+            f"## {place}. {code(columns['id'][i])}: {categories[i]}",
+            "",
+            shown,
+            "",
+        ]
+        lines += [
+            f"{rule}: {code(why)}\n" for rule, why in broken.get(columns["id"][i], {}).items()
+        ]
         lines += ["    " + line for line in texts[i].splitlines()]
         if near := neighbours.get(columns["id"][i]):
             lines += ["", "The training examples with the most alike gradients:", ""]
-            lines += [f"- {_code(j)}, cosine {c:.3f}: {_code(text_of[j][:120])}" for j, c in near]
+            lines += [f"- {code(j)}, cosine {c:.3f}: {code(text_of[j][:120])}" for j, c in near]
     lines += [*shared, "", f"# {len(broken)} training examples that break a rule", ""]
     lines += [f"- `{k}`: {v}" for k, v in rules.RULES.items()]
     lines += [""]
     lines += [
-        f"- {_code(example)}: {'; '.join(f'{rule}: {why}' for rule, why in found.items())}"
+        f"- {code(example)}: {'; '.join(f'{k}: {code(why)}' for k, why in found.items())}"
         for example, found in sorted(broken.items())
     ]
     return "\n".join(lines) + "\n"
-
-
-def _code(text: str) -> str:
-    """One line of code in Markdown, which reads nothing else into an id or a text."""
-    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
 
 
 def mine(
@@ -362,15 +388,15 @@ def mine(
     broken, rare = broken_rules(workdir)
     ranks = {k: rank(columns[k]) for k in SCORES if k in columns}
     worst = np.argsort(-columns["combined"], kind="stable")[:top]
-    categories, shared = explain.explain(workdir, examples, columns, ranks, broken, worst)
+    if filtered:
+        write_text(filtered, "".join(f"{columns['id'][i]}\n" for i in worst))
+    categories, shared = explain(workdir, examples, columns, ranks, broken, worst)
     shared = review.write(workdir, texts, columns, broken, categories, top) + shared + rare
     more = {"rules": [sorted(broken.get(i, {})) for i in columns["id"]], "category": categories}
     write_table(workdir / "outliers.parquet", pyarrow.table(columns | more))
     near, looked_at = read_neighbours(workdir), _looked_at(workdir, ledger.steps)
     page = markdown(columns, broken, texts, worst, categories, near, looked_at, shared)
     write_text(workdir / "outliers.md", page)
-    if filtered:
-        write_text(filtered, "".join(f"{columns['id'][i]}\n" for i in worst))
     return columns
 
 

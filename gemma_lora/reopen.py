@@ -1,7 +1,6 @@
 """A run opened again from its workdir: its config, model and training examples."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -26,8 +25,9 @@ from gemma_lora.weights.pretrained import (
     load_base,
     open_weights,
 )
-from gemma_lora.workdir import read_config
+from gemma_lora.workdir import read_config, read_records
 
+FINGERPRINTS = ("data_fingerprint", "weights_fingerprint")  # of run.json
 STEPS = ("best", "last", "0")  # whose adapters: of a checkpoint, or those the run started from
 
 
@@ -53,11 +53,8 @@ def reopen(workdir: pathlib.Path, which: str = "0") -> Run:
     if which != "0" and not any(p.name.isdigit() for p in checkpoints.glob("*")):
         raise UserError(f"{checkpoints} holds no checkpoint: expected a run's workdir, or --step 0")
     config = _read_config(workdir)
-    try:
-        begun = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
-        data, weights = begun["data_fingerprint"], begun["weights_fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{workdir / 'run.json'} is missing or damaged: {e}") from e
+    [begun], _ = read_records(workdir / "run.json", FINGERPRINTS)
+    data, weights = (begun[k] for k in FINGERPRINTS)
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
     wrap = LoRAConfig(**config.lora)
     try:
@@ -69,8 +66,11 @@ def reopen(workdir: pathlib.Path, which: str = "0") -> Run:
     check_rows(config.data.batch_size, mesh)
     model = build_model(pretrained.arch, config, wrap, mesh)
     train_set, validation, *_ = load_data(config, pretrained.tokenizer(), pretrained.arch.vocab)
-    if train_set.fingerprint() + validation.fingerprint() != data:
-        raise UserError(f"the data has changed since the run in {workdir}")
+    if (found := train_set.fingerprint() + validation.fingerprint()) != data:
+        raise UserError(
+            f"the data are no longer those of the run in {workdir}: got {found}, expected {data}; "
+            "put the files back that it was trained on, or train it anew"
+        )
     return Run(config, pretrained, wrap, mesh, model, train_set, weights)
 
 
@@ -92,12 +92,17 @@ def _read_config(workdir: pathlib.Path) -> ConfigDict:
 def load(opened: Run) -> dict[str, Any]:
     """The base weights on the devices; UserError where they are not those of the run."""
     base = load_base(opened.pretrained, opened.model, opened.mesh)
-    if (found := fingerprint(base)) != opened.weights:
-        raise UserError(
-            f"{opened.config.weights}: these are no longer the weights of the run: got {found}, "
-            f"expected {opened.weights}; put those back that it was trained on, or train it anew"
-        )
+    check_weights(opened.config.weights, base, opened.weights)
     return base
+
+
+def check_weights(name: str, base: dict[str, Any], expected: str) -> None:
+    """UserError where the base weights have not the fingerprint that the run's had."""
+    if (found := fingerprint(base)) != expected:
+        raise UserError(
+            f"{name}: these are no longer the weights of the run: got {found}, expected "
+            f"{expected}; put those back that it was trained on, or train it anew"
+        )
 
 
 def restored(opened: Run, workdir: pathlib.Path, which: str, base: Any) -> tuple[int, Any, Any]:

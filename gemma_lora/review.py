@@ -158,12 +158,15 @@ put the download into the run's directory as review.csv, and run gemma_lora.outl
 {{ row.whole }}</pre>
 {% set at = loop.index0 %}
 <p>{% for mark in marks %}
-<label><input type="radio" name="mark{{ at }}" data-row="{{ at }}" data-field="mark"
+<label><input type="radio" autocomplete="off" name="mark{{ at }}"
+data-row="{{ at }}" data-field="mark"
 value="{{ mark }}"{{ " checked" if mark == row.mark }}> {{ mark }}</label>
 {% endfor %}
-<label><input type="radio" name="mark{{ at }}" data-row="{{ at }}" data-field="mark"
+<label><input type="radio" autocomplete="off" name="mark{{ at }}"
+data-row="{{ at }}" data-field="mark"
 value=""{{ " checked" if not row.mark }}> not marked</label></p>
-<input type="text" data-row="{{ at }}" data-field="comment" value="{{ row.comment }}"
+<input type="text" autocomplete="off" data-row="{{ at }}" data-field="comment"
+value="{{ row.comment }}"
 placeholder="comment" aria-label="comment on {{ row.id }}">
 </section>
 {% endfor %}

@@ -29,7 +29,7 @@ RULES: dict[str, str] = {
     "arithmetic": "An annotation such as <<12*3=38>> does not hold.",
     "final_answer": "The answer after #### is neither the last annotation's result, nor 100 times "
     "it, nor a number of the line before it after the annotations there.",
-    "length": f"The log length is {TAIL:g} robust standard deviations from the median, or more.",
+    "length": f"The log length is {TAIL:g} or more robust standard deviations from the median.",
 }
 
 
@@ -180,26 +180,36 @@ def _near(rows: list[Row]) -> Iterator[tuple[int, str, str]]:
         likely = (minima[a] == minima[b]).mean(1) >= _LIKELY
         links.append(np.stack([a[likely], b[likely]]))
     a, b = np.concatenate(links, 1)
+    linked: dict[int, list[int]] = collections.defaultdict(list)
+    for i, j in zip(a.tolist(), b.tolist(), strict=True):
+        linked[kept[i]].append(kept[j])
     graph = coo_array((np.ones(len(a), bool), (a, b)), shape=(len(kept), len(kept)))
     groups: dict[int, list[int]] = collections.defaultdict(list)
     names = csgraph.connected_components(graph, directed=False)[1] if kept else []
     for k in np.unique([a, b]):
         groups[names[k]].append(kept[k])
     for group in groups.values():
-        yield from _compare(rows, {i: copies[texts[i]] for i in group}, texts, template)
+        yield from _compare(rows, {i: copies[texts[i]] for i in group}, texts, template, linked)
 
 
 def _compare(
-    rows: list[Row], group: dict[int, list[int]], texts: list[str], template: np.ndarray
+    rows: list[Row],
+    group: dict[int, list[int]],
+    texts: list[str],
+    template: np.ndarray,
+    linked: dict[int, list[int]],
 ) -> Iterator[tuple[int, str, str]]:
-    """group: row -> its copies and itself; what is found of it and other rows."""
+    """group: row -> its copies and itself; what is found of it and other rows. linked: row -> those
+    that shared a band with it."""
     own = {i: set(_own(texts[i], template).tolist()) for i in group}
     members = list(group)
     sides = {i: {_side(rows[c]) for c in copies} for i, copies in group.items()}
     others = {s: [j for j in members if sides[j] - {s}] for s in ("train", "validation")}
     for at, i in enumerate(members):
-        # A group of hundreds is one pattern filled in: some do for evidence, but of either side.
-        near = [*members[at + 1 : at + 33], *(j for s in sides[i] for j in others[s][:32])]
+        # Of the others of a group of hundreds, which is one pattern filled in, some do for
+        # evidence, but of either side.
+        near = [*linked[i], *members[at + 1 : at + 33]]
+        near += [j for s in sides[i] for j in others[s][:32]]
         for j in dict.fromkeys(near):
             both = len(own[i] & own[j])
             alike = both / (len(own[i]) + len(own[j]) - both)
@@ -242,5 +252,5 @@ def _tails(rows: list[Row]) -> Iterator[tuple[int, str, str]]:
     scale = 1.4826 * np.median(np.abs(logs - median))
     if not scale:
         return  # more than half of the rows have one length
-    for i in np.flatnonzero(np.abs(logs - median) > TAIL * scale):
+    for i in np.flatnonzero(np.abs(logs - median) >= TAIL * scale):
         yield int(i), "length", f"{rows[i].tokens} tokens, the median is {np.exp(median):.0f}"

@@ -1,6 +1,7 @@
 """Do the sums of a worked solution hold? Annotations <<48/2=24>>, and the answer after ####."""
 
 import ast
+import contextlib
 import math
 import operator
 import re
@@ -9,7 +10,8 @@ from fractions import Fraction
 
 _ANNOTATION = re.compile(r"<<([^<>\n]{1,200})>>")
 _FINAL = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.M)
-_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+", re.A)
+# A - that stands behind an operand is not the number's.
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", re.A)
 
 
 def arithmetic(text: str) -> list[str]:
@@ -18,9 +20,9 @@ def arithmetic(text: str) -> list[str]:
     An annotation is <<expression=result>> (or =expression=result). The expression is computed
     exactly. It holds where |expression - result| is at most half a unit of the last digit that the
     result writes, or where result is the expression cut off after the digits of its own that stand
-    behind the point: of 2/3, 0.67, .66 and 1 hold, 0 does not. A result with % may count per cent
-    or be the fraction. What is no arithmetic (algebra, words, huge powers) is passed over; a
-    division by zero does not hold.
+    behind the point: of 2/3, 0.67, .66 and 1 hold, 0 does not. A fraction as result must be exact;
+    one with % may count per cent or be the fraction. What is no arithmetic (algebra, words, huge
+    powers) is passed over; a division by zero does not hold.
     """
     return [why for body in _ANNOTATION.findall(text) if (why := _contradiction(body))]
 
@@ -37,7 +39,9 @@ def _contradiction(body: str) -> str:
     digits = len(written.strip(" $%").partition(".")[2])
     scales = (1, 100) if "%" in written else (1,)
     for side, value in values:
-        if value is not None and not any(_holds(value * s, result, digits) for s in scales):
+        if value is None or ("/" in written and value == result):
+            continue
+        if "/" in written or not any(_holds(value * s, result, digits) for s in scales):
             return f"<<{body}>>: {side} is {_show(value)}"
     return ""
 
@@ -122,6 +126,9 @@ def final_answer(text: str) -> str:
         return ""
     last = annotations[-1].rpartition("=")[2].strip()
     reached = _numbers(last)
+    with contextlib.suppress(ZeroDivisionError):
+        whole = evaluate(last.replace("%", ""))  # a fraction is one number
+        reached += [] if whole is None else [whole]
     # Factor 100: steps in dollars or parts of one, the answer in cents or per cent.
     if not reached or answer[0] in (reached[-1], 100 * reached[-1]):
         return ""

@@ -131,7 +131,8 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
     probe_ids = {e.id for e in probe.examples}
     banner("data", describe(config, train_set, counts, total, every))
     tx = optimizer(config.optim, total)
-    learning_rate = schedule(config.optim, total)
+    # All at once: one that is computed in the loop would wait for the step under way.
+    rates = np.broadcast_to(schedule(config.optim, total)(jnp.arange(total)), (total,))
 
     # ---- weights, adapters, optimizer; or what an earlier run left ------------------------------
     say("\n   loading the weights and compiling ...")
@@ -155,6 +156,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         "best_loss": math.inf,
         "best_step": None,
         "bad_evals": 0,
+        "eval_due": False,  # of this step: it was interrupted
         "seconds": 0.0,
         "tokens": 0,
         "loss_tokens": 0,
@@ -215,9 +217,12 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         "phases": phases.seconds,
         "nan": None,
     }
+    before: dict[str, Any] = {}
     if jax.process_index() == 0:
+        if start is not None:
+            before = manifest.before(workdir / "run.json")
         forget_after(workdir, start)
-    metrics = Metrics(workdir, start, total)
+    metrics = Metrics(workdir, start, total, notes["eval_due"])
     timer = Timer(max(notes["seconds"], metrics.spent) + phases.since_start())
     seen: list[dict[str, Any]] = []  # rows of the steps since the last save
 
@@ -232,7 +237,8 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
             peak_memory=peak_memory(),
         )
         if jax.process_index() == 0:
-            write_text(workdir / "run.json", json.dumps(finite(run), indent=2) + "\n")
+            told = manifest.joined(before, finite(run), made_steps=step != start)
+            write_text(workdir / "run.json", json.dumps(told, indent=2) + "\n")
 
     def upcoming() -> tuple[Batch, dict[str, jax.Array]] | None:
         """The next batch, on its way to the devices; None after the last.
@@ -244,22 +250,31 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         with mark(COPY):
             return batch and (batch, to_global(batch.arrays, mesh))
 
-    def save_all(step: int) -> None:
-        """What a later start continues from, and what the steps since the last one saw."""
+    def save_seen(step: int) -> None:
         if seen and jax.process_index() == 0:
             evaluate.write_seen(workdir / "ledger" / f"seen_{step:06d}.parquet", seen)
         seen.clear()
+
+    def save_all(step: int) -> None:
+        """What a later start continues from, and what the steps since the last one saw."""
+        save_seen(step)
         metrics.save()
         checkpoints.save(step, state, notes)
+
+    def patience_over(bad_evals: int) -> bool:
+        return 0 < config.train.patience <= bad_evals
 
     def at_ledger(step: int) -> bool:
         return ledger_every > 0 and (step % ledger_every == 0 or step == total)
 
     def evaluate_now(step: int) -> None:
-        """Both fixed sets: ledger, metrics, best so far; raises _NotFiniteError."""
+        """Both fixed sets: ledger, metrics, best so far; raises _NotFiniteError, StoppedError."""
+        notes["eval_due"] = True
 
         def rows(data: Dataset, split: str) -> dict[str, np.ndarray]:
-            return evaluate.ledger_rows(eval_step, state.lora, base, data, mesh, split, step)
+            return evaluate.ledger_rows(
+                eval_step, state.lora, base, data, mesh, split, step, lambda: stop(interrupt.asked)
+            )
 
         with mark("evaluate"):
             parts = [rows(validation, "validation")]
@@ -268,14 +283,15 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         # A look of the ledger between the evals changes neither when a run stops nor what is best.
         planned = step % every == 0 or step == total
         better = planned and loss < notes["best_loss"]
-        notes["bad_evals"] = 0 if better else notes["bad_evals"] + planned
-        if at_ledger(step) or (whole and _patience_over(notes, config)):
+        bad_evals = 0 if better else notes["bad_evals"] + planned
+        if at_ledger(step) or (whole and patience_over(bad_evals)):
             with mark(LEDGER):
                 parts.append(rows(whole[0], "train"))
                 parts.append(evaluate.part_of(parts[-1], probe_ids, "train_probe"))
         else:
             with mark("evaluate"):
                 parts.append(rows(probe, "train_probe"))
+        notes.update(eval_due=False, bad_evals=bad_evals)
         found |= {p["split"][0]: evaluate.metrics(p, config.data.batch_size) for p in parts[1:]}
         if jax.process_index() == 0:
             evaluate.write_ledger(workdir / "ledger" / f"eval_{step:06d}.parquet", parts)
@@ -317,15 +333,15 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         accuracy = float(sums["correct"].sum() / loss_tokens)
         has = sums["tokens"] > 0  # the empty rows that fill an epoch's last batch are no batch
         trl = float(np.mean(sums["correct"][has] / sums["tokens"][has]))
-        rate = float(learning_rate(step - 1))
         notes["seconds"] = timer.total()
         metrics.write(
             {"kind": "train", "step": step, "epoch": step / steps_per_epoch, "loss": loss,
-             "token_accuracy": accuracy, "trl_compat/mean_token_accuracy": trl, "lr": rate,
+             "token_accuracy": accuracy, "trl_compat/mean_token_accuracy": trl,
+             "lr": float(rates[step - 1]),
              "grad_norm": norm, "tokens": batch_tokens, "loss_tokens": int(loss_tokens),
              "seconds": notes["seconds"], "step_seconds": seconds},
             f"step {at(step)}  epoch {step / steps_per_epoch:.2f}  loss {loss:.4f}  "
-            f"acc {accuracy:.4f}  lr {rate:.2e}  grad {norm:.3f}  "
+            f"acc {accuracy:.4f}  lr {rates[step - 1]:.2e}  grad {norm:.3f}  "
             f"{batch_tokens / seconds:>7,.0f} tok/s  eta {clock((total - step) * seconds)}",
         )  # fmt: skip
 
@@ -343,11 +359,15 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
                     )
                 evaluate_now(0)
                 save_all(0)
+            elif notes["eval_due"]:
+                evaluate_now(step)
+                if step == total or patience_over(notes["bad_evals"]):  # no other save will come
+                    checkpoints.save(step, state, notes)
             save_run("running", step)
             batches = iter(train_set.batches(step, total))
             timer.lap()
             coming = upcoming()
-            while step < total and not _patience_over(notes, config):
+            while step < total and not patience_over(notes["bad_evals"]):
                 batch, arrays = coming
                 with jax.transfer_guard("disallow"):
                     state, sums = train_step(state, base, arrays)
@@ -375,9 +395,14 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
                     status = "stopped early"
         except _NotFiniteError as e:
             step, status, run["nan"] = e.step, "nan", {"steps": [e.step, e.step], "ids": e.ids}
+            save_seen(step)
+        except evaluate.StoppedError:
+            status = "interrupted"
+            if step != start:
+                save_all(step)
         finally:
-            metrics.close()
             checkpoints.close()
+            metrics.close()
     save_run(status, step)
 
     # ---- what is left behind --------------------------------------------------------------------
@@ -425,10 +450,6 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
             },
         )
     return written
-
-
-def _patience_over(notes: dict[str, Any], config: Any) -> bool:
-    return bool(config.train.patience) and notes["bad_evals"] >= config.train.patience
 
 
 class _NotFiniteError(Exception):

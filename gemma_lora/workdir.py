@@ -127,6 +127,26 @@ def read_config(workdir: pathlib.Path, keys: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+def read_records(path: pathlib.Path, keys: tuple[str, ...]) -> tuple[list[dict[str, Any]], bool]:
+    """The objects of a JSON lines file, or the one of a JSON file; each must have the keys.
+
+    And whether a last line was cut short by a kill, which does not count: it has no newline. Raises
+    UserError where anything else is missing or damaged.
+    """
+    found: list[dict[str, Any]] = []
+    try:
+        text = path.read_text(encoding="utf-8")
+        *parts, rest = text.split("\n") if path.suffix == ".jsonl" else [text, ""]
+        for part in parts:
+            found.append(json.loads(part))
+    except (OSError, ValueError) as e:
+        where = f", after {len(found)} whole lines" if found else ""
+        raise UserError(f"{path} is missing or damaged{where}: {e}") from e
+    if not all(isinstance(x, dict) and x.keys() >= set(keys) for x in found):
+        raise UserError(f"{path} is damaged: expected objects with the keys {', '.join(keys)}")
+    return found, bool(rest)
+
+
 def forget_after(workdir: pathlib.Path, step: int | None) -> None:
     """Removes what the ledger has from after `step` (None: all), which comes again."""
     for kind in ("eval", "seen"):

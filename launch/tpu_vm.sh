@@ -6,6 +6,7 @@
 #                                    mount the share at ~/share
 #   run     -- --config C --workdir DIR ...    start gemma_lora.train on every host
 #   logs    [--worker I]             follow what it prints, until it ends; exits as it did
+#   stop    let the run save, and end; the same arguments continue it
 #   resume  everything of create, install and run: where the slice was preempted, make it anew;
 #           then run. The same arguments continue the run.
 #   delete                           give the slice back
@@ -14,7 +15,7 @@
 # --dry-run prints the commands instead.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-verbs="create install run logs resume delete"
+verbs="create install run logs stop resume delete"
 switches="dry-run spot"
 flags="name zone project type runtime nfs worker"
 dry_run="" name="" zone="" project="" type="" runtime="" spot="" nfs="" worker=0
@@ -94,23 +95,28 @@ install() {
   fi
 }
 
-# How a host says that a run is under way.
-busy="if kill -0 \"\$(cat gemma_lora/run.pid 2>/dev/null)\" 2>/dev/null; then echo 'error: a run is under way' >&2; exit 2; fi"
+# How a host says that a run is under way: a process of its session is alive.
+alive="kill -0 -- \"-\$(cat gemma_lora/run.pid 2>/dev/null)\" 2>/dev/null"
+busy="if $alive; then echo 'error: a run is under way' >&2; exit 2; fi"
 
 # Ends the script where a run is under way: no file may change below it.
 idle() { on all "$busy"; }
 
-# Started in a session of its own, so that it outlives the connection.
+# Started in a session of its own, so that it outlives the connection. Its shell waits for the
+# training, also when both are asked to stop, and writes how it ended.
 run() {
   local train
   train="$(quoted .venv/bin/python -m gemma_lora.train --coordinator auto "$@")"
   local there="[ -x gemma_lora/.venv/bin/python ] || { echo 'error: nothing is installed: tpu_vm.sh install' >&2; exit 2; }"
-  on all "$busy; $there; cd gemma_lora || exit 2; rm -f run.status; setsid nohup bash -c $(quoted "$train; echo \$? >run.status") >run.log 2>&1 </dev/null & echo \$! >run.pid"
+  on all "$busy; $there; cd gemma_lora || exit 2; rm -f run.status; setsid nohup bash -c $(quoted "trap : TERM; $train; echo \$? >run.status") >run.log 2>&1 </dev/null & echo \$! >run.pid"
 }
 
 logs() {
-  on "$worker" "cd gemma_lora || exit 2; tail -n +1 --pid=\"\$(cat run.pid)\" -F run.log; exit \"\$(cat run.status)\""
+  local lost="echo 'error: the run was killed, or its host restarted; resume continues it' >&2; exit 1"
+  on "$worker" "cd gemma_lora || exit 2; tail -n +1 --pid=\"\$(cat run.pid)\" -F run.log; [ -s run.status ] || { $lost; }; exit \"\$(cat run.status)\""
 }
+
+stop() { on all "if $alive; then kill -TERM -- \"-\$(cat gemma_lora/run.pid)\"; else echo 'error: no run is under way' >&2; exit 2; fi"; }
 
 resume() {
   local now

@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import tiny_run
@@ -26,3 +27,17 @@ def quick() -> Iterator[None]:
     of what does not depend on how well it is compiled."""
     with tiny_run.quick_compilation():
         yield
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Iterator[Path]:
+    """Where `tiny_run.write_inputs` wrote; programs are compiled quickly while it is in use."""
+    with tiny_run.quick_compilation():
+        yield tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def straight(inputs, tmp_path_factory) -> tuple[Path, str]:
+    """(workdir, what was printed) of a run of `tiny_run.settings` that nothing disturbs."""
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    return workdir, tiny_run.run(workdir, tiny_run.settings(inputs), drawn=True)

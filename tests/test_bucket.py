@@ -13,10 +13,12 @@ import fsspec.implementations.memory
 import pytest
 import tiny_run
 from etils import epath
+from tensorboardX import event_file_writer, record_writer
 
 from gemma_lora import checkpoint, evaluate, export, metrics, outliers, report, unprompted
 from gemma_lora.errors import UserError
 from gemma_lora.files import path_argument, path_of, replace_directory, replace_file
+from gemma_lora.workdir import read_records
 
 
 class Bucket(fsspec.implementations.memory.MemoryFileSystem):
@@ -52,7 +54,8 @@ def bucket(monkeypatch) -> epath.Path:
 @pytest.fixture
 def beside(bucket, monkeypatch, tmp_path) -> Path:
     """Where checkpoints and TensorBoard's files go: they do not take the memory."""
-    manager, board = checkpoint.ocp.CheckpointManager, metrics.tensorboardX.SummaryWriter
+    manager, events = checkpoint.ocp.CheckpointManager, event_file_writer.EventsWriter
+    make = record_writer.directory_check
 
     def local(path):
         return tmp_path / str(path).removeprefix("gs://")
@@ -60,8 +63,9 @@ def beside(bucket, monkeypatch, tmp_path) -> Path:
     monkeypatch.setattr(
         checkpoint.ocp, "CheckpointManager", lambda path, **more: manager(local(path), **more)
     )
+    monkeypatch.setattr(record_writer, "directory_check", lambda path: make(str(local(path))))
     monkeypatch.setattr(
-        metrics.tensorboardX, "SummaryWriter", lambda path, **more: board(str(local(path)), **more)
+        event_file_writer, "EventsWriter", lambda path, *more: events(str(local(path)), *more)
     )
     return tmp_path
 
@@ -70,8 +74,9 @@ def test_paths(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="gs://b/r: Google Cloud Storage needs the extra gs"):
         path_of("gs://b/r")
-    with pytest.raises(UserError, match="s3://b/r: expected a local path, or gs://bucket/"):
-        path_of("s3://b/r")
+    for text in ("s3://b/r", "gs:/b/r"):
+        with pytest.raises(UserError, match=f"{text}: expected a local path, or gs://bucket/"):
+            path_of(text)
     with pytest.raises(argparse.ArgumentTypeError, match="s3://b/r: expected a local path"):
         path_argument("s3://b/r")
     assert isinstance(path_of("a/b"), Path) and path_of("a/b") == Path("a/b")
@@ -143,7 +148,7 @@ def test_a_run_in_a_bucket_is_the_local_run(bucket, beside, tmp_path):
             patch.setattr(metrics.Metrics, "close", lambda self: None)  # a kill saves nothing
             with pytest.raises(stop):
                 tiny_run.run(there, c)
-        assert [r["step"] for r in metrics.read(there / "metrics.jsonl")][-2:] == [4, 4]
+        assert [r["step"] for r in read_records(there / "metrics.jsonl", ())[0]][-2:] == [4, 4]
         assert json.loads((there / "run.json").read_text())["status"] == "running"
         output = tiny_run.run(there, c)
         assert "continuing from the checkpoint of step 4" in output
@@ -154,7 +159,7 @@ def test_a_run_in_a_bucket_is_the_local_run(bucket, beside, tmp_path):
 
         hashes = [json.loads((w / "run.json").read_text())["sha256"] for w in (local, there)]
         assert hashes[0] == hashes[1] and hashes[0]["data.validation_path"]
-        lines = [metrics.read(w / "metrics.jsonl") for w in (local, there)]
+        lines = [read_records(w / "metrics.jsonl", ())[0] for w in (local, there)]
         kept = [[(r["step"], r.get("loss"), r.get("validation/loss")) for r in x] for x in lines]
         assert kept[0] == kept[1] and len(kept[0]) == 8 + 5
         assert names(local) - {"checkpoints", "tensorboard", ".lock"} == names(there)

@@ -34,12 +34,6 @@ def command(module: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    with tiny_run.quick_compilation():
-        yield tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
 def config(inputs):
     values = {"arch": "auto", "weights": str(inputs), "dtype": "float32", "remat": "none"}
     values |= {"data.seq_len": 64, "data.batch_size": 4, "lora.rank": 4, "lora.targets": "qv"}

@@ -36,7 +36,7 @@ from gemma_lora.model import Transformer, head_weight, logits
 from gemma_lora.step import State, make_train_step
 from gemma_lora.tokenizer import Tokenizer
 from gemma_lora.weights import mapping, peft
-from gemma_lora.weights.pretrained import load_base, open_weights
+from gemma_lora.weights.pretrained import fingerprint, load_base, open_weights
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -314,6 +314,8 @@ def test_a_new_family_is_one_entry_of_a_table(tmp_path, monkeypatch):
     workdir.mkdir()
     settings = config.to_dict(tiny_run.settings(base))
     (workdir / "config.json").write_text(json.dumps(settings))
+    prints = {"data_fingerprint": "", "weights_fingerprint": fingerprint(params)}
+    (workdir / "run.json").write_text(json.dumps(prints))
     peft.export(workdir / "adapter", state.lora, wrap, arch, str(base))
     facts = export.export(workdir, "merged", tmp_path / "out")
     assert "at most" in facts["check"]

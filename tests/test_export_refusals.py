@@ -31,6 +31,13 @@ def command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     return stopped.value.code, *capsys.readouterr()
 
 
+def test_another_base_than_the_run_had(workdir, tmp_path):
+    edit(workdir, "run.json", weights_fingerprint="0123abcd")
+    with pytest.raises(UserError, match=r"these are no longer the weights of the run: got .{8}, "):
+        export.export(workdir, "merged", tmp_path / "out")
+    assert left(workdir) == []
+
+
 def test_command_line(workdir, tmp_path, monkeypatch, capsys):
     arguments = (f"--workdir={workdir}", "--format=merged", f"--out={tmp_path / 'out'}")
     status, printed, errors = command(monkeypatch, capsys, *arguments, "--dtype=bfloat16")

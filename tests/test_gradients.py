@@ -278,7 +278,7 @@ def test_other_data_than_the_run_had(run, tmp_path):
     (tmp_path / "train.jsonl").write_text(lines.replace("It is 3.", "It is 4."))
     config["data"]["path"] = str(tmp_path / "train.jsonl")
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="the data has changed since"):
+    with pytest.raises(UserError, match=r"the data are no longer those of the run in .*: got "):
         gradients.run(tmp_path / "run", "best", M)
 
 

@@ -109,12 +109,6 @@ MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 CHANGES = {"data.batch_size": 8, "train.save_every": 1}
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    with tiny_run.quick_compilation():
-        yield tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
 def two(inputs, workdir, at=0, who=0, number=0) -> list[tuple[int, str, float]]:
     one = [str(inputs), str(workdir), CHANGES | MESH, at, who, number]
     return together(TRAIN, [[json.dumps(one)]] * 2)

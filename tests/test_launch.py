@@ -113,7 +113,7 @@ def test_run_on_every_host(launch, tmp_path):
     command = call[-1].removeprefix("--command=")
     assert in_a_shell(command, tmp_path) == [*TRAIN[1:], "--coordinator", "auto", *HARD]
     assert (tmp_path / "gemma_lora" / "run.status").read_text() == "7\n"
-    (tmp_path / "gemma_lora" / "run.pid").write_text(str(os.getpid()))
+    (tmp_path / "gemma_lora" / "run.pid").write_text(str(os.getpgrp()))
     again = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2 and again.stderr == "error: a run is under way\n"
 
@@ -128,6 +128,43 @@ def test_logs_end_as_the_run_did(launch, tmp_path):
     command = call[-1].removeprefix("--command=")
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (75, "step 1\n")
+    (home / "run.status").unlink()
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: the run was killed, or its host")
+
+
+STOPPED = f"""#!{sys.executable}
+import os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # it saves, and ends as train does
+print("training", flush=True)
+signal.pause()
+"""
+
+
+def test_stop_lets_the_run_save(launch, tmp_path):
+    """The training gets the signal, its shell outlives it and writes how it ended."""
+    _, [call] = launch("tpu_vm.sh", "run", *SLICE, "--", *HARD)
+    start = call[-1].removeprefix("--command=")
+    _, [call] = launch("tpu_vm.sh", "stop", *SLICE)
+    assert call[7] == "--worker=all"
+    stop = call[-1].removeprefix("--command=")
+    bin_ = tmp_path / "gemma_lora" / ".venv" / "bin"
+    bin_.mkdir(parents=True)
+    (bin_ / "python").write_text(STOPPED)
+    (bin_ / "python").chmod(0o755)
+
+    def host(command):
+        line = ["bash", "-c", command]
+        return subprocess.run(line, cwd=tmp_path, timeout=60, stderr=subprocess.PIPE, text=True)
+
+    assert host(stop).stderr == "error: no run is under way\n"
+    assert host(start).returncode == 0
+    assert host("until grep -q training gemma_lora/run.log; do sleep 0.1; done").returncode == 0
+    assert host(start).stderr == "error: a run is under way\n"
+    assert host(stop).returncode == 0
+    host('tail --pid="$(cat gemma_lora/run.pid)" -f /dev/null')
+    assert (tmp_path / "gemma_lora" / "run.status").read_text() == "130\n"
+    assert host(stop).returncode == 2
 
 
 @pytest.mark.parametrize(

@@ -186,8 +186,29 @@ def test_length_z_compares_like_with_like():
     assert np.array_equal(outliers.length_z(np.ones(5), np.arange(5)), np.zeros(5))
 
 
+@pytest.mark.parametrize("short", [[3], [3] * 19, [3] * 20])
+def test_no_length_bin_is_smaller_than_it_says(short):
+    tokens = np.array([*short, *[5] * 39, *range(6, 60)])
+    counts = np.bincount(outliers.length_bins(tokens))
+    assert counts.min() >= outliers.BIN_LEAST and len(counts) >= 3
+    loss = np.array([9.0] + [1.0, 1.1, 0.9] * 40)[: len(short) + 39]
+    assert outliers.length_z(loss, tokens[: len(loss)])[0] > 5
+
+
+def test_what_the_combined_rank_is_of():
+    scores = ("loss", "length_z", "fold_loss", "ifd")
+    assert outliers.combined_of(scores[:2]) == ["length_z"]
+    assert outliers.combined_of(scores[:3]) == ["fold_loss", "length_z"]
+    assert outliers.combined_of(scores) == ["ifd"]
+    assert outliers.combined_of((*scores, "label_aum")) == ["label_aum"]
+    assert outliers.combined_of((*scores, "fold_label", "label_aum")) == ["fold_label", "label_aum"]
+
+
 def test_no_fold_trains_on_what_it_scores():
-    examples = [Example(str(i), np.arange(4, dtype=np.int32), 1, "", 0, 0) for i in range(40)]
+    # Of 20 texts, each twice; white space and case make no other.
+    texts = [("Text {}" if i < 20 else "text   {}").format(i % 20) for i in range(40)]
+    examples = [Example(str(i), np.arange(4, dtype=np.int32), 1, t, 0, 0)
+                for i, t in enumerate(texts)]  # fmt: skip
     config = default()
     config.data.batch_size = 4
     whole = Dataset(examples, shapes={8: 8}, batch_size=4, pack=False, seed=0, shuffle=True)
@@ -198,6 +219,7 @@ def test_no_fold_trains_on_what_it_scores():
     for fit, h in made:
         trained = {e.id for e in fit.examples}
         assert trained == everything - {e.id for e in h.examples}
+        assert all(str((int(e.id) + 20) % 40) not in trained for e in h.examples)
         seen = {fit.examples[i].id for s in range(fit.steps_per_epoch)
                 for i in np.unique(fit.batch_at(s).owner) if i >= 0}  # fmt: skip
         assert seen == trained

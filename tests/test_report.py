@@ -337,10 +337,11 @@ def test_files_at_odds_are_named(tmp_path):
     with pytest.raises(UserError, match=r"eval_000040.parquet: validation tokens differ"):
         report.build(tmp_path)
     run = json.loads((tmp_path / "run.json").read_text())
-    del run["tokens"]
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    with pytest.raises(UserError, match=r"run.json is damaged: expected .*tokens"):
-        report.build(tmp_path)
+    for name in ("tokens", "best_step"):
+        less = {k: v for k, v in run.items() if k != name}
+        (tmp_path / "run.json").write_text(json.dumps(less))
+        with pytest.raises(UserError, match=rf"run.json is damaged: expected .*{name}"):
+            report.build(tmp_path)
 
 
 def test_validation_example_without_text(tmp_path):

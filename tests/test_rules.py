@@ -89,6 +89,17 @@ def test_what_the_template_writes_is_no_likeness():
     assert len(flagged(rows[:2], "near_duplicate")) == 2  # the text itself is what they share
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_near_duplicate_in_a_large_group_of_alike_rows(split):
+    """What 120 of 820 rows begin with is not all rows' template, and puts them into one group."""
+    start = prose(0, 200)
+    rows = [row(str(i), f"{start} {prose(i + 1, 90)}", "fine") for i in range(120)]
+    rows += [row(f"o{i}", prose(5000 + i), "fine") for i in range(700)]
+    rows.append(row("near", rows[5].prompt + " more", "fine", split))
+    assert set(flagged(rows, "near_duplicate")) == {"5", "near"}
+    assert set(flagged(rows, "overlap")) == (set() if split == "train" else {"5", "near"})
+
+
 def test_near_duplicates_are_recalled_among_many():
     """Rows with a few of their words replaced: all of those that are really near."""
     rows, changed = [row(str(i), prose(i), "fine") for i in range(1500)], {}
@@ -184,7 +195,15 @@ def test_unfinished_completions(completion, bad):
         *("48/2=24", "1/3=.33", "1/3=0.3333", "2/3=.67", "2/3=.66", "2/3=1", "7/2=4", "-5/2=-2.5"),
         *("20%*50=10", "50*20%=10", "(10+10)%*50=10", "10/20=50%", "10/20*100=50%", "1/3=33.3%"),
         *("1,000*2=2,000", "$5*3=$15", ".5*2=1", "0.1+0.2=.3", "7%3=1", "2**10=1024", "007+1=8"),
-        *("-3+-4=-7", "560//10=56", "3*(2+1)=9=9", "+10=10", "2*3.50=7.00", "1000000*3=3,000,000"),
+        *(
+            "-3+-4=-7",
+            "1/2+1/4=3/4",
+            "560//10=56",
+            "3*(2+1)=9=9",
+            "+10=10",
+            "2*3.50=7.00",
+            "1000000*3=3,000,000",
+        ),
     ],
 )
 def test_annotations_that_hold(body):
@@ -204,7 +223,7 @@ def test_annotations_that_hold(body):
         *[("0.1+0.2=.31", "is 0.3"), ("7%3=2", "is 1"), ("3+3=5=6", ""), ("-3+-4=7", "is -7")],
         *[("5/0=0", "divides by zero"), ("5%0=0", "divides by zero"), ("0**-1=0", "by zero")],
         *[("10000000000000001*1=10000000000000000", "is 10000000000000001"), ("5-5=1", "is 0")],
-        *[("5*1=0", "is 5")],
+        *[("5*1=0", "is 5"), ("1/2+1/4=1/4", "is 0.75"), ("1/4=1/3", "is 0.25")],
     ],
 )
 def test_annotations_that_do_not_hold(body, value):
@@ -278,6 +297,11 @@ def test_arithmetic_is_reported_for_its_row():
     ("completion", "bad"),
     [
         ("That is <<5+1=6>>6.\n#### 6", False),
+        ("That is <<3-8=-5>>-5.\n#### -5", False),
+        ("That is <<3-8=-5>>-5.\n#### 5", True),
+        ("That is <<1-1/2=1/2>>1/2 of it.\n#### 0.5", False),
+        ("That is <<1-1/4=3/4>>3/4 of it.\n#### 0.5", True),
+        ("That is <<1-1=0/0>>0.\n#### 3", True),
         ("That is <<5+1=6>>6.\n#### 7", True),
         ("That is <<5+1=6>>6.\nThen one more is 7.\n#### 7", False),
         ("First 7.\nThat is <<5+1=6>>6.\n#### 7", True),

@@ -72,6 +72,13 @@ def test_duplicate_id_is_named(tmp_path):
     assert "'a' occurs twice" in text and "row 2" in text and path in text
 
 
+@pytest.mark.parametrize("bad", [" a", "a\n", "a\u2028b", "", "\ud800"])
+def test_an_id_that_no_list_of_ids_could_name(bad, tmp_path):
+    path = str(tmp_path / "x.jsonl")
+    (tmp_path / "x.jsonl").write_text(f'{{"id": "a b"}}\n{json.dumps({"id": bad})}\n')
+    assert f"{path}: the id {bad!r} (row 1) cannot be a line" in message(read_path, path)
+
+
 @pytest.mark.parametrize(
     ("line", "hint"),
     [

@@ -43,6 +43,21 @@ def one_run(micro_batches=1, dropout=0.0, name="qwen2", **kwargs):
     return first, state, params, step._cache_size()
 
 
+@pytest.mark.usefixtures("quick")
+def test_dropout_is_of_the_seed():
+    model, params = common.tiny_model("gemma", LoRAConfig(4, 8.0, 0.5))
+    tx = optimizer(default().optim, 10)
+    lora = common.adapter("gemma")
+    state = State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
+    tokens = tiny.tokens(rows=2)
+    batch = common.batch_of(tokens, tiny.loss_mask(tokens.shape), 24)
+    losses = []
+    for seed in (0, 1):
+        step = jax.jit(make_train_step(model, tx, 1, Sweep(64), seed))
+        losses.append(float(step(state, params, batch)[1]["nll"].sum()))
+    assert abs(losses[1] - losses[0]) > 1e-3
+
+
 def same_moments(one: State, other: State) -> None:
     """Adam's moments, which are the gradients: its updates would magnify rounding near zero."""
     for a, b in zip(jax.tree.leaves(one.opt_state), jax.tree.leaves(other.opt_state), strict=True):

@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pytest
 import tiny_run
 from common import one_device, read_json, tiny_arch
 from safetensors.numpy import load_file, save_file
-from tiny_run import ledger, left, records, settings
+from tiny_run import KilledError, ledger, left, on_record, records, settings
 
 from gemma_lora import config, evaluate, outliers, train
 from gemma_lora.data.pipeline import dataset, load_data
@@ -28,19 +27,6 @@ from gemma_lora.model import no_wrap
 from gemma_lora.step import make_eval_step
 from gemma_lora.weights import peft
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    with tiny_run.quick_compilation():
-        yield tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
-def straight(inputs, tmp_path_factory):
-    """(workdir, what was printed) of a run that nothing disturbs, dropout on."""
-    workdir = tmp_path_factory.mktemp("runs") / "straight"
-    return workdir, tiny_run.run(workdir, settings(inputs))
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +52,6 @@ def checkpoint(workdir: Path, step: int) -> dict:
 
 def equal(x, y) -> bool:
     return jax.tree.all(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), x, y))
-
-
-def on_record(monkeypatch, kind: str, step: int, action) -> None:
-    """Calls `action` when the record of a step is about to be written."""
-    write = Metrics.write
-
-    def patched(self, record, line):
-        if (record["kind"], record["step"]) == (kind, step):
-            action()
-        write(self, record, line)
-
-    monkeypatch.setattr(Metrics, "write", patched)
 
 
 def test_what_a_run_leaves(straight):
@@ -170,99 +144,24 @@ def test_same_seed_same_bits(straight, diverged, inputs, tmp_path):
     assert first[0] != first[1]
 
 
-def test_rerun_of_a_finished_run_changes_nothing(straight, inputs, tmp_path):
-    workdir = tmp_path / "copy"
-    shutil.copytree(straight[0], workdir)
-    before = left(workdir)
-    assert "continuing from the checkpoint of step 8" in tiny_run.run(workdir, settings(inputs))
-    assert left(workdir) == before
+def test_logged_learning_rates_are_those_of_the_updates(straight, inputs):
+    of = train.schedule(settings(inputs).optim, 8)
+    got = [r["lr"] for r in records(straight[0], "train")]
+    assert got == [float(of(step)) for step in range(8)] and len(set(got)) > 1
 
 
-class KilledError(Exception):
-    pass
+def test_the_loop_computes_no_learning_rate(inputs, tmp_path, monkeypatch):
+    """On the device it would wait for the step under way."""
+    calls = []
+    schedule = train.schedule
 
+    def counted(*arguments):
+        made = schedule(*arguments)
+        return lambda step: calls.append(step) or made(step)
 
-@pytest.mark.parametrize("kind,step", [("train", 1), ("eval", 6)])
-def test_killed_and_rerun_equals_straight(kind, step, straight, inputs, tmp_path, monkeypatch):
-    def die():
-        raise KilledError
-
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        on_record(patch, kind, step, die)
-        tiny_run.run(tmp_path / "run", settings(inputs))
-    tiny_run.run(tmp_path / "run", settings(inputs))
-    assert left(tmp_path / "run") == left(straight[0])
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"lora.variant": "dora", "lora.init": "pissa", "lora.rank_pattern": (("v_proj", 2),)},
-        {"lora.variant": "dora", "quantize": "int8"},
-    ],
-    ids=["dora of pissa", "dora on int8"],
-)
-def test_adapters_that_read_the_base(changes, inputs, tmp_path, monkeypatch):
-    """Killed and rerun equals straight; the exported adapter is what was evaluated last."""
-    c = settings(inputs, changes | {"optim.b_lr_ratio": 4.0})
-    tiny_run.run(tmp_path / "straight", c)
-
-    def die():
-        raise KilledError
-
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        on_record(patch, "train", 5, die)
-        tiny_run.run(tmp_path / "run", c)
-    tiny_run.run(tmp_path / "run", c)
-    assert left(tmp_path / "run") == left(tmp_path / "straight")
-    c.data.path = c.data.validation_path
-    found = evaluate.evaluate(c, tmp_path / "out", tmp_path / "run" / "adapter")
-    loss = read_json(tmp_path / "run" / "report.json")["validation"]["loss"]
-    assert loss["best"] < loss["start"] - 0.1
-    assert math.isclose(found["loss"], loss["best"], rel_tol=1e-5)
-
-
-SIGKILL = """
-import os, pathlib, signal, sys
-sys.path.insert(0, sys.argv[1])
-import tiny_run
-from gemma_lora.metrics import Metrics
-write = Metrics.write
-def patched(self, record, line):
-    if record["kind"] == "train" and record["step"] == 7:
-        self._file.write('{"kind": "train", "st')  # a line cut short
-        self._file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(self, record, line)
-Metrics.write = patched
-with tiny_run.quick_compilation():
-    tiny_run.run(pathlib.Path(sys.argv[3]), tiny_run.settings(pathlib.Path(sys.argv[2])))
-"""
-
-
-def test_sigkill_and_rerun_equals_straight(straight, inputs, tmp_path):
-    """A save may be under way when the process dies."""
-    workdir = tmp_path / "run"
-    arguments = [str(Path(__file__).parent), str(inputs), str(workdir)]
-    done = subprocess.run([sys.executable, "-c", SIGKILL, *arguments], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    (workdir / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()  # what a dying save leaves
-    tiny_run.run(workdir, settings(inputs))
-    assert left(workdir) == left(straight[0])
-    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["8"]
-
-
-def test_sigterm_saves_and_rerun_equals_straight(straight, inputs, tmp_path, monkeypatch):
-    workdir = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
-        on_record(patch, "train", 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        tiny_run.run(workdir, settings(inputs))
-    assert exit_.value.code == 130
-    run = read_json(workdir / "run.json")
-    assert run["status"] == "interrupted" and run["steps"] == 5
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert "step 5" in tiny_run.run(workdir, settings(inputs))
-    assert left(workdir) == left(straight[0])
+    monkeypatch.setattr(train, "schedule", counted)
+    tiny_run.run(tmp_path, settings(inputs))
+    assert len(calls) == 1 and calls[0].shape == (8,)
 
 
 def give_losses(monkeypatch, losses):

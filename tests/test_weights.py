@@ -21,6 +21,8 @@ from gemma_lora.arch import ARCHS, Arch
 from gemma_lora.weights import mapping
 from gemma_lora.weights.pretrained import Pretrained, fingerprint, open_weights
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 # ---- values ---------------------------------------------------------------------------------
 
 
@@ -370,6 +372,7 @@ def test_a_fingerprint_sees_what_was_changed_moved_or_negated(dtype):
     x = jnp.arange(1, 25).reshape(2, 3, 4).astype(dtype)
     others = (x, x[::-1], x[:, ::-1], x[:, :, ::-1], -x, x.at[1, 2, 3].add(1))
     found = [fingerprint({"layers": {"w": each}}) for each in others]
-    assert len(set(found)) == len(others) and all(len(f) == 8 for f in found)
+    found += [fingerprint({"layers": {"w": x}, "embed": {"w": each}}) for each in others]
+    assert len(set(found)) == len(found) and all(len(f) == 8 for f in found)
     two = fingerprint({"layers": {"a": x, "b": -x}}), fingerprint({"layers": {"a": -x, "b": x}})
     assert two[0] != two[1]

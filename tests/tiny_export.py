@@ -4,14 +4,19 @@ import json
 from pathlib import Path
 
 import common
+import jax
 import numpy as np
 import safetensors.numpy
 import tiny
 import tiny_run
 import tiny_tokenizer
+from ml_collections import ConfigDict
 
 from gemma_lora import config
+from gemma_lora.model import no_wrap
+from gemma_lora.sharding import make_mesh
 from gemma_lora.tokenizer import Tokenizer
+from gemma_lora.weights import pretrained as pretrained_
 
 RANK, ALPHA = 4, 8.0
 
@@ -55,12 +60,22 @@ def write_run(directory: Path, name: str, changes: dict | None = None) -> Path:
     settings = config.to_dict(tiny_run.settings(base, changes))
     (workdir / "adapter").mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps(settings))
+    prints = {"data_fingerprint": "", "weights_fingerprint": fingerprint_of(base, settings)}
+    (workdir / "run.json").write_text(json.dumps(prints))
     modules = sorted({k.split(".")[-3] for k in adapter_of(name)})
     facts = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": modules}
     (workdir / "adapter" / "adapter_config.json").write_text(json.dumps(facts))
     file = workdir / "adapter" / "adapter_model.safetensors"
     safetensors.numpy.save_file(adapter_of(name), file, metadata={"format": "pt"})
     return workdir
+
+
+def fingerprint_of(base: Path, settings: dict) -> str:
+    """As a run with these settings writes it."""
+    pretrained = pretrained_.open_weights(str(base), "auto")
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    model = pretrained_.build_model(pretrained.arch, ConfigDict(settings), no_wrap, mesh)
+    return pretrained_.fingerprint(pretrained_.load_base(pretrained, model, mesh))
 
 
 def merged_by_numpy(name: str) -> dict[str, np.ndarray]:

@@ -4,9 +4,10 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import common
 import numpy as np
@@ -16,9 +17,14 @@ import tiny
 import tiny_tokenizer
 from jax.experimental.compilation_cache import compilation_cache
 
-from gemma_lora import config, train
+from gemma_lora import config, metrics, train
+from gemma_lora.report import plots
 
 COMPILED = "GEMMA_LORA_TESTS_COMPILED"  # names the directory of programs that the tests share
+
+
+class KilledError(Exception):
+    pass
 
 
 @contextlib.contextmanager
@@ -77,12 +83,30 @@ def settings(inputs: Path, changes: dict[str, Any] | None = None) -> Any:
     return c
 
 
-def run(workdir: Path, c: Any) -> str:
-    """Trains; returns what was printed."""
+def run(workdir: Path, c: Any, drawn: bool = False) -> str:
+    """Trains; returns what was printed. The report's plots are left out, but where `drawn`."""
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    blank = {"svg": lambda _: "data:,", "png": lambda _, path: path.touch()}
+    plotted = contextlib.nullcontext() if drawn else mock.patch.multiple(plots, **blank)
+    with contextlib.redirect_stdout(out), plotted:
         train.train(c, workdir)
     return out.getvalue()
+
+
+def on_every_record(monkeypatch, action: Callable[[dict[str, Any]], None]) -> None:
+    """Calls `action` when a record is about to be written."""
+    write = metrics.Metrics.write
+
+    def patched(self, record, line):
+        action(record)
+        write(self, record, line)
+
+    monkeypatch.setattr(metrics.Metrics, "write", patched)
+
+
+def on_record(monkeypatch, kind: str, step: int, action: Callable[[], None]) -> None:
+    """Calls `action` when the record of a step is about to be written."""
+    on_every_record(monkeypatch, lambda r: (r["kind"], r["step"]) == (kind, step) and action())
 
 
 def records(workdir: Path, kind: str) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ seeded choice of opening, events and ending composes 2 to 5 steps into one probl
 import argparse
 import contextlib
 import json
-import os
 import random
 import re
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from gemma_lora.data.scenes import FAMILIES
 from gemma_lora.errors import UserError, run_main
-from gemma_lora.files import write_text
+from gemma_lora.files import path_argument, write_text
 from gemma_lora.sums import evaluate
 
 NAMES = {
@@ -143,11 +142,11 @@ def problems(count: int, seed: int = 0) -> list[dict]:
     return made
 
 
-def write(path: str | os.PathLike, count: int, seed: int = 0) -> None:
+def write(path: Path, count: int, seed: int = 0) -> None:
     """Writes problems(count, seed) as JSON lines; path ends up whole or unchanged."""
     text = "".join(json.dumps(problem) + "\n" for problem in problems(count, seed))
     try:
-        write_text(Path(path), text)
+        write_text(path, text)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}") from e
 
@@ -156,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write generated word problems as JSON lines.")
     parser.add_argument("--count", type=int, required=True, help="number of problems")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, help="path of the .jsonl file")
+    parser.add_argument("--out", type=path_argument, required=True, help="path of the .jsonl file")
     args = parser.parse_args()
     write(args.out, args.count, args.seed)
 

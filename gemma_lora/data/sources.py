@@ -58,6 +58,12 @@ def read(source: str, path: str, limit: int) -> list[Row]:
         for i, row in enumerate(itertools.islice(rows, limit or None)):
             given = row.get("id")
             ident = f"{stem}-{i:06d}" if given is None else str(given)
+            text = ident.encode(errors="ignore").decode()  # without halves of surrogate pairs
+            if [ident] != text.strip().splitlines():
+                raise UserError(
+                    f"{path or source}: the id {ident!r} (row {i}) cannot be a line of a list of "
+                    "ids: expected text without line breaks and outer white space"
+                )
             if ident in seen:
                 raise UserError(f"{path or source}: the id {ident!r} occurs twice (row {i})")
             seen.add(ident)

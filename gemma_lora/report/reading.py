@@ -1,7 +1,6 @@
 """What a run left in its workdir, read and checked; a run that was killed left less."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -11,11 +10,20 @@ import pyarrow.parquet
 
 from gemma_lora.errors import UserError
 from gemma_lora.evaluate import column_names, label_is_likeliest, read_table
-from gemma_lora.workdir import ledger_files
+from gemma_lora.workdir import ledger_files, read_records
 
 SPLITS = ("validation", "train_probe")
 MODEL = ("arch", "weights", "trainable_parameters", "base_parameters", "adapted_modules")
-RUN = ("status", "steps", "steps_planned", "steps_per_epoch", "tokens", "seconds", "examples")
+RUN = (
+    "status",
+    "steps",
+    "best_step",
+    "steps_planned",
+    "steps_per_epoch",
+    "tokens",
+    "seconds",
+    "examples",
+)
 STEP = ("step", "loss", "lr", "grad_norm", "tokens", "step_seconds")  # of a train line
 
 
@@ -71,10 +79,10 @@ class Workdir:
 
 def read(workdir: pathlib.Path) -> Workdir:
     """Raises UserError naming the file that is missing, damaged or at odds with the others."""
-    [config], _ = _records(workdir / "config.json", ("data", "optim"))
-    [run], _ = _records(workdir / "run.json", (*MODEL, *RUN))
+    [config], _ = read_records(workdir / "config.json", ("data", "optim", "train"))
+    [run], _ = read_records(workdir / "run.json", (*MODEL, *RUN))
     lines: dict[str, dict[int, Any]] = {"train": {}, "eval": {}}
-    records, cut = _records(workdir / "metrics.jsonl", ("kind", "step"))
+    records, cut = read_records(workdir / "metrics.jsonl", ("kind", "step"))
     for record in records:
         lines.setdefault(record["kind"], {})[record["step"]] = record
     each = [lines["train"][step] for step in sorted(lines["train"])]
@@ -91,22 +99,6 @@ def read(workdir: pathlib.Path) -> Workdir:
         raise UserError(f"{path}: no text of validation example {missing!r}")
     has_pieces = "pieces" in column_names(path)
     return Workdir(workdir, config, run, train, cut, lines["eval"], evals, examples, has_pieces)
-
-
-def _records(path: pathlib.Path, keys: tuple[str, ...]) -> tuple[list[dict[str, Any]], bool]:
-    """The objects of a JSON lines file, or the one of a JSON file; each must have the keys.
-
-    And whether a last line was cut short by a kill, which does not count: it has no newline.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        *parts, rest = text.split("\n") if path.suffix == ".jsonl" else [text, ""]
-        found = [json.loads(part) for part in parts]
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} is missing or damaged: {e}") from e
-    if not all(isinstance(x, dict) and x.keys() >= set(keys) for x in found):
-        raise UserError(f"{path} is damaged: expected objects with the keys {', '.join(keys)}")
-    return found, bool(rest)
 
 
 def _eval(step: int, path: pathlib.Path, first: Eval | None) -> Eval:

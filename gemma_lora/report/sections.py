@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from gemma_lora.config import flat
-from gemma_lora.outliers import SCORES
+from gemma_lora.outliers import SCORES, combined_of
 from gemma_lora.report.reading import SPLITS
 from gemma_lora.stats import FEW
 
@@ -200,6 +200,7 @@ def _gap(g: dict[str, Any]) -> list[Block]:
 def _accuracy(r: dict[str, Any]) -> list[Block]:
     return [
         _by_point(r, "token_accuracy", more=("interval", "conclusion")),
+        f"Interval: {r['validation']['token_accuracy']['interval_of']}.",
         "The share of next tokens that are the model's first choice after the reference text "
         "before them (teacher-forced next-token accuracy); it is not answer accuracy. TRL's "
         "metrics under their own names are means over batches; they have no interval.",
@@ -286,10 +287,11 @@ def _training(t: dict[str, Any] | None) -> list[Block]:
     )
     blocks: list[Block] = [
         f"{show(t['examples'])} training examples, looked at in the evals of steps "
-        f"{show(t['evals'])}; larger scores are more suspicious. Scores from {t['source']}. "
+        f"{show(t['evals'])}; larger scores are more suspicious, but base_loss and "
+        f"variability alone say little. Scores from {t['source']}. "
         + ("" if t["mapped"] else "A data map takes two evals after step 0."),
         Table(["score", "what", "smallest", "quartile", "median", "quartile", "largest"],
-              [[k, SCORES.get(k, "mean rank of the scores that it combines"), *q]
+              [[k, SCORES.get(k, f"mean rank of {' and '.join(combined_of(t['scores']))}"), *q]
                for k, q in t["scores"].items()]),
     ]  # fmt: skip
     if t["mapped"]:
@@ -376,7 +378,8 @@ def _others(runs: list[dict[str, Any]]) -> list[Block]:
 def _final(r: dict[str, Any]) -> str:
     loss, accuracy = (r["validation"][k] for k in ("loss", "token_accuracy"))
     return (
-        f"In {show(r['run']['steps'])} steps the validation loss went from {show(loss['start'])} "
+        f"By step {show(r['run']['best_step'])} of the {show(r['run']['steps'])} that were made "
+        f"the validation loss went from {show(loss['start'])} "
         f"to {show(loss['best'])} ({loss['conclusion']}), its token accuracy from "
         f"{show(accuracy['start'])} to {show(accuracy['best'])} ({accuracy['conclusion']}), and "
         "the gap to the training examples grew by "

@@ -31,15 +31,15 @@ def scored(w: Workdir) -> Scored | None:
         same = np.array_equal(loss, ledger.loss[-1], equal_nan=True)
         same = same and np.array_equal(ids, ledger.ids)
         more = outliers.read_more(w.path, ids) if same else {}
-        same = same and all(
-            k in names and np.array_equal(table[k], x, equal_nan=True) for k, x in more.items()
-        )
+        made = {k for scores in outliers.MORE.values() for k in scores}
+        same = same and made.intersection(names) == more.keys()
+        same = same and all(np.array_equal(table[k], x, equal_nan=True) for k, x in more.items())
         if same:
             scores = {k: table[k].to_numpy() for k in names}
             return ledger, scores, table["rules"].to_pylist(), "outliers.parquet"
         source = (
-            "the ledger; outliers.parquet is of another eval or other examples, or lacks scores "
-            "made since, and is not used"
+            "the ledger; outliers.parquet is of another eval or other examples, or of other files "
+            "of scores than are there, and is not used"
         )
     else:
         source = "the ledger; python -m gemma_lora.outliers also looks for broken rules"

@@ -253,7 +253,7 @@ def load_base(pretrained: Pretrained, model: Transformer, mesh: Mesh) -> dict[st
 
 
 @jax.jit
-def _sum_of_bits(layers: list[jax.Array]) -> jax.Array:
+def _sum_of_bits(layers: list[jax.Array], others: list[jax.Array]) -> jax.Array:
     """Of integers, so the same however the leaves are split over devices; of each element's bits
     and position, mixed as MurmurHash3 ends, so that what is moved or negated counts."""
 
@@ -271,12 +271,14 @@ def _sum_of_bits(layers: list[jax.Array]) -> jax.Array:
         return total, None
 
     # A layer at a time: an array of 32 bits of all would be twice the weights.
-    return jax.lax.scan(add, jnp.uint32(0), layers)[0]
+    total, _ = jax.lax.scan(add, jnp.uint32(0), layers)
+    return add(total, others)[0]
 
 
 def fingerprint(base: dict[str, Any]) -> str:
-    """Eight digits that layers of other weights or another dtype would not have, on any mesh."""
-    return f"{int(_sum_of_bits(jax.tree.leaves(base['layers']))):08x}"
+    """Eight digits that other weights or another dtype would not have, on any mesh."""
+    others = {k: v for k, v in base.items() if k != "layers"}
+    return f"{int(_sum_of_bits(jax.tree.leaves(base['layers']), jax.tree.leaves(others))):08x}"
 
 
 def build_model(arch: Arch, config: Any, wrap: Callable, mesh: Mesh | None = None) -> Transformer:
