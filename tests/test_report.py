@@ -57,6 +57,13 @@ def test_losses_and_decreases_are_exact(tmp_path):
     assert trl == pytest.approx({"start": 0.125, "best": 0.145, "last": 0.165})
 
 
+def test_the_sets_are_drawn_apart(tmp_path):
+    """Where both have the same losses their gap is 0, but not known to be."""
+    gap = report.build(make(tmp_path, probe=(2.0, 1.0, 0.5)))["generalisation_gap"]
+    assert gap["best"] == pytest.approx(0) and gap["best_interval"][0] < -0.01
+    assert gap["best_interval"][1] > 0.01
+
+
 def test_report_has_the_paths_that_others_read(tmp_path):
     r = report.build(make(tmp_path))
     for path in PATHS:

@@ -4,7 +4,7 @@ import json
 import math
 
 import numpy as np
-import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 import pytest
 import report_run
@@ -177,6 +177,14 @@ def test_cost_by_phase(tmp_path):
     assert cost["phases"]["compile"] == pytest.approx(
         {"seconds": 9.0, "share_of_run": 9 / 321.5, "tokens": None}
     )
+    # An eval that did not take the training set took the probe.
+    path = tmp_path / "ledger" / "eval_000030.parquet"
+    table = pyarrow.parquet.read_table(path)
+    pyarrow.parquet.write_table(table.filter(pyarrow.compute.field("split") != "train"), path)
+    probe = sum(e["length"] for e in read(tmp_path).examples["train_probe"].values())
+    phases = report.build(tmp_path)["cost"]["phases"]
+    assert phases["ledger"]["tokens"] == 2 * length["train"]
+    assert phases["evaluate"]["tokens"] == 3 * length["validation"] + probe > probe
     # Steps that no phase holds were made before the run was continued.
     run = json.loads((tmp_path / "run.json").read_text())
     run["phases"]["steps"] = 100.0
