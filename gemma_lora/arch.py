@@ -51,7 +51,14 @@ class Arch:
 
         Raises UserError for an unknown model_type or a setting that would change the maths.
         """
-        config = config.get("text_config", config)  # multimodal Gemma 3
+        if "text_config" in config:
+            outer = config.get("model_type", "gemma3")
+            if outer not in ("gemma3", *FAMILIES):  # PaliGemma's rows see their whole prompt
+                raise UserError(
+                    f"config.json: model_type {outer!r} around a text model is not supported "
+                    "(expected gemma3)"
+                )
+            config = config["text_config"]
         family = config.get("model_type", "")
         if family not in FAMILIES:
             raise UserError(
@@ -69,7 +76,8 @@ class Arch:
             config.get("query_pre_attn_scalar") or fields.get("query_scale") or fields["head_dim"]
         )
         fields["eps"] = config.get("rms_norm_eps", 1e-6)
-        fields["tied"] = config.get("tie_word_embeddings", fields["tied"])
+        if config.get("tie_word_embeddings") is not None:
+            fields["tied"] = config["tie_word_embeddings"]
         if config.get("use_bidirectional_attention"):
             raise UserError("config.json: use_bidirectional_attention is true, expected false")
         for key, allowed in _HF_ACTIVATIONS[fields.get("gelu", True)].items():
@@ -147,7 +155,7 @@ def _hf_rope(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, float]
     """RoPE bases and factor: rope_theta and rope_scaling, or rope_parameters of transformers 5."""
     nested = config.get("rope_parameters") or {}
     everywhere = {
-        "rope_theta": config.get("rope_theta", nested.get("rope_theta", fields["rope_base"])),
+        "rope_theta": config.get("rope_theta") or nested.get("rope_theta") or fields["rope_base"],
         **(config.get("rope_scaling") or {}),
     }
     if "rope_type" in nested:
@@ -159,7 +167,11 @@ def _hf_rope(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, float]
         raise UserError(
             f"config.json: RoPE type {kind!r} is not supported (valid: default, linear)"
         )
-    base = full.get("rope_theta", fields["rope_base"])
+    base = full.get("rope_theta") or everywhere["rope_theta"]
+    if (own := sliding.get("rope_type", "default")) != "default":
+        raise UserError(
+            f"config.json: RoPE type {own!r} of the local layers is not supported (valid: default)"
+        )
     factor = full.get("factor", 1.0) if kind == "linear" else 1.0
     if factor != 1 and fields.get("window") and "rope_local_base" not in fields:
         raise UserError(

@@ -61,6 +61,7 @@ def render(
     template: str,
     messages: Sequence[Message],
     *,
+    tools: Sequence[Any] = (),
     add_generation_prompt: bool,
     bos_token: str,
     eos_token: str,
@@ -74,7 +75,7 @@ def render(
     try:
         return _compiled(template).render(
             messages=messages,
-            tools=None,
+            tools=list(tools) or None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             bos_token=bos_token,

@@ -49,12 +49,10 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
-        """Starts a save, in place of one of the same step. The checkpoint of notes['best_step']
-        stays, those before it go. Raises UserError where this save or the last finds no room."""
+        """Starts a save. The checkpoint of notes['best_step'] stays, those before it go. Raises
+        UserError where this save or the last finds no room."""
         self._keep.best = notes["best_step"]
         with self._room():
-            if step in self._manager.all_steps():
-                self._manager.delete(step)
             # A copy: another thread writes it later, while the run changes its own.
             self._manager.save(
                 step,

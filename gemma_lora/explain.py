@@ -115,8 +115,6 @@ def _shared(examples: list[dict[str, Any]], worst: np.ndarray, categories: list[
         "(Katz's 95 % interval; 0.5 is added to every cell where one side has none).",
         "",
         *(_table(certain) if certain else ["None was found."]),
-        "",
-        *_meanings(certain),
     ]
     groups = traits.clusters([e["text"] for e in examples], flagged)
     lines += ["", f"# Clusters of the {len(worst)} most suspicious", ""]
@@ -134,12 +132,18 @@ def _shared(examples: list[dict[str, Any]], worst: np.ndarray, categories: list[
         lines += [f"- {len(rows)} examples with {', '.join(top)} ({kinds}): "
                   f"{', '.join(code(examples[i]['id']) for i in rows)}"]  # fmt: skip
         lines += ["", *_table(found), ""] if found else []
-    return lines if groups else [*lines, "None was found."]
+        certain += found
+    lines += [] if groups else ["None was found."]
+    return [*lines, "", *_meanings(certain)]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _table(found: list[traits.Trait]) -> list[str]:
     rows = [
-        f"| {t.name.replace('|', chr(92) + '|')} | {t.flagged:.0%} | {t.others:.0%} | {t.lift:.2f} "
+        f"| {_cell(t.name)} | {t.flagged:.0%} | {t.others:.0%} | {t.lift:.2f} "
         f"[{t.interval[0]:.2f}, {t.interval[1]:.2f}] | {t.p:.2g} |"
         for t in found
     ]
@@ -149,7 +153,8 @@ def _table(found: list[traits.Trait]) -> list[str]:
 def _meanings(found: list[traits.Trait]) -> list[str]:
     """What the features that the traits are of count, where that is not their name."""
     names = dict.fromkeys(t.name.partition(": ")[0] for t in found)
-    return [f"- {k}: {code(traits.FEATURES[k][0])}" for k in names if k in traits.FEATURES]
+    # Two backticks: one is among what a feature counts.
+    return [f"- {k}: `` {traits.FEATURES[k][0]} ``" for k in names if k in traits.FEATURES]
 
 
 def code(text: str) -> str:
@@ -175,6 +180,6 @@ def _confident(found: confident.Issues, words: dict[int, str]) -> list[str]:
     ]
     rows = zip(found.thresholds, found.joint, strict=True)
     return lines + [
-        f"| {name} | {t:.3f} | {', '.join(map(str, x))} |"
+        f"| {_cell(name)} | {t:.3f} | {', '.join(map(str, x))} |"
         for name, (t, x) in zip(named, rows, strict=True)
     ]

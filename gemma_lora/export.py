@@ -104,8 +104,9 @@ def export(
     """Writes what a run has learnt to `out`, as 'peft' or 'merged'; returns facts to show.
 
     dtype: of merged weights, by default the run's; shard_gb: the largest of their files. Raises
-    UserError, and leaves nothing at `out`, where the run has no adapter, where `out` exists or
-    cannot be written, and where what was written is not what was meant.
+    UserError, and leaves nothing at `out`, where the run has no adapter, where the base is no
+    longer its own, where `out` exists or cannot be written, and where what was written is not what
+    was meant.
     """
     if form == "peft" and (dtype or shard_gb is not None):
         raise UserError("--dtype and --max-shard-gb are for --format merged")
@@ -119,6 +120,7 @@ def export(
         )
     pretrained = open_weights(run["weights"], run["arch"], run["weights_sha256"], run["tokenizer"])
     config, lora = peft.read(workdir / "adapter", pretrained.arch)
+    _check_base(workdir, run, pretrained)
     home = pathlib.Path(run["tokenizer"]).expanduser() if run["tokenizer"] else None
     if home is None and pretrained.form == "hf":
         home = pretrained.home
@@ -129,7 +131,6 @@ def export(
             base_model = pretrained.base_name, pretrained.inner, pretrained.revision
             peft.export(directory, lora, config, pretrained.arch, *base_model)
             return facts | check_adapter(tuned, directory)
-        _check_base(workdir, run, pretrained)
         dtype = dtype or run["dtype"]
         sums = write_merged(tuned, directory, dtype, shard_gb or SHARD_GB)
         if run["quantize"]:

@@ -19,16 +19,17 @@ from etils import epath
 
 from gemma_lora.errors import UserError
 
+_URL = re.compile(r"[a-z0-9]+://|(gs|s3|https?|file):/")  # or one that lacks a slash
+
 
 def path_of(text: str) -> pathlib.Path | epath.Path:
     """The path of a file or directory that a user names, which need not exist.
 
     Raises UserError for a URL without support, or of a bucket that nothing can be asked of.
     """
-    scheme, found, _ = text.partition("://")
-    if not found:
+    if not _URL.match(text):
         return local_path(text)
-    if scheme != "gs":
+    if not text.startswith("gs://"):
         raise UserError(f"{text}: expected a local path, or gs://bucket/...")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text}: Google Cloud Storage needs the extra gs, pip install '.[gs]'")
@@ -45,9 +46,9 @@ def path_of(text: str) -> pathlib.Path | epath.Path:
 
 
 def local_path(text: str) -> pathlib.Path:
-    """With the home directory for ~; raises UserError where there is none, and for half a URL."""
-    if re.match(r"(gs|s3|https?|file):/", text):
-        raise UserError(f"{text}: expected a local path, or gs://bucket/...")
+    """With the home directory for ~; raises UserError where there is none, and for a URL."""
+    if _URL.match(text):
+        raise UserError(f"{text}: expected a local path")
     try:
         return pathlib.Path(text).expanduser()
     except RuntimeError as e:

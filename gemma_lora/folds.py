@@ -54,7 +54,10 @@ def parts(train_set: Dataset, config: Any, folds: int) -> list[tuple[Dataset, Da
         kept = [e for e, fold in zip(examples, whose, strict=True) if fold != k]
         held = [e for e, fold in zip(examples, whose, strict=True) if fold == k]
         if not kept or not held:
-            raise UserError(f"fold {k} of {folds} is empty: expected fewer --folds")
+            raise UserError(
+                f"fold {k} of {folds} is empty (equal texts share one): expected fewer --folds, or "
+                "more different texts"
+            )
         rows, labels = train_set.shapes, train_set.label_tokens
         fit = dataset(kept, config, rows, labels, shuffle=True)
         out.append((fit, dataset(held, config, rows, labels, shuffle=False)))

@@ -52,18 +52,21 @@ def before(file: pathlib.Path) -> dict[str, Any]:
         return {}
 
 
-def joined(before: dict[str, Any], now: dict[str, Any], made_steps: bool) -> dict[str, Any]:
-    """The run.json of a run whose earlier starts left `before`; `now`: that of this start alone.
+def joined(
+    before: dict[str, Any], now: dict[str, Any], start: int | None, made_steps: bool
+) -> dict[str, Any]:
+    """The run.json of a run whose earlier starts left `before`; `now`: that of this one alone, from
+    the checkpoint of step `start`.
 
-    earlier: OF_A_START of those that had another one, with the step each came to. A start that made
-    no step says nothing of how the run was made.
+    earlier: OF_A_START of those that had another one, with the step up to which it counts. A
+    start that made no step says nothing of how the run was made.
     """
     earlier = before.get("earlier", [])
     if not made_steps:
         kept = (*OF_A_START, "phases", "peak_memory")
         return now | {k: before[k] for k in kept if k in before} | {"earlier": earlier}
     if before and any(before.get(k) != now[k] for k in OF_A_START):
-        earlier = [*earlier, {k: before.get(k) for k in ("steps", *OF_A_START)}]
+        earlier = [*earlier, {"steps": start} | {k: before.get(k) for k in OF_A_START}]
     memory = [x["peak_memory"] for x in (before, now) if x.get("peak_memory")]
     most = {k: max((m[k] for m in memory if m.get(k)), default=None) for k in now["peak_memory"]}
     return now | {"peak_memory": most, "earlier": earlier}

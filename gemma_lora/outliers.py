@@ -74,7 +74,8 @@ UNLABELLED = ("fold_loss", "length_z")
 TOP = 30  # examples shown, unless the command says how many
 OPENING = 20  # tokens
 FORGETTING_EVALS = 6  # fewer say nothing about forgetting
-BINS, BIN_LEAST = 10, 20  # length bins; the examples that each must have
+# Length bins; the examples of each, of which equal lengths may take up to half.
+BINS, BIN_LEAST = 10, 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ def length_bins(tokens: np.ndarray) -> np.ndarray:
         low = edges[-1] if edges else -np.inf
         # Where many have one length, some of the bins would be smaller.
         inside, behind = ((tokens >= low) & (tokens < edge)).sum(), (tokens >= edge).sum()
-        if min(inside, behind) >= BIN_LEAST:
+        if min(inside, behind) >= BIN_LEAST / 2:
             edges.append(edge)
     return np.searchsorted(edges, tokens, side="right")
 
@@ -339,7 +340,8 @@ def markdown(
     ]
     lines += ["", looked_at]
     if lost := [code(i) for i in columns["id"][~np.isfinite(columns["loss"])]]:
-        lines += ["", f"The last eval gave {len(lost)} no finite loss: {', '.join(lost)}."]
+        shown = ", ".join(lost[:20]) + (f" and {len(lost) - 20} more" if len(lost) > 20 else "")
+        lines += ["", f"The last eval gave {len(lost)} no finite loss: {shown}."]
     shares = {k: share(columns[k]) for k in names}
     for place, i in enumerate(worst, 1):
         shown = ", ".join(f"{k} {columns[k][i]:.3g} ({shares[k][i]:.3f})" for k in names)

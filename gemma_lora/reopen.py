@@ -33,7 +33,7 @@ STEPS = ("best", "last", "0")  # whose adapters: of a checkpoint, or those the r
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the command that made a workdir had; of the base weights their fingerprint alone."""
+    """What the command that made a workdir had, but for the base weights."""
 
     config: ConfigDict
     pretrained: Pretrained
@@ -41,7 +41,7 @@ class Run:
     mesh: Mesh
     model: Transformer
     train_set: Dataset
-    weights: str
+    begun: dict[str, Any]  # its run.json
 
 
 def reopen(workdir: pathlib.Path, which: str = "0") -> Run:
@@ -53,8 +53,7 @@ def reopen(workdir: pathlib.Path, which: str = "0") -> Run:
     if which != "0" and not any(p.name.isdigit() for p in checkpoints.glob("*")):
         raise UserError(f"{checkpoints} holds no checkpoint: expected a run's workdir, or --step 0")
     config = _read_config(workdir)
-    [begun], _ = read_records(workdir / "run.json", FINGERPRINTS)
-    data, weights = (begun[k] for k in FINGERPRINTS)
+    [begun], _ = read_records(workdir / "run.json", (*FINGERPRINTS, "best_step"))
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
     wrap = LoRAConfig(**config.lora)
     try:
@@ -66,12 +65,13 @@ def reopen(workdir: pathlib.Path, which: str = "0") -> Run:
     check_rows(config.data.batch_size, mesh)
     model = build_model(pretrained.arch, config, wrap, mesh)
     train_set, validation, *_ = load_data(config, pretrained.tokenizer(), pretrained.arch.vocab)
-    if (found := train_set.fingerprint() + validation.fingerprint()) != data:
+    if (found := train_set.fingerprint() + validation.fingerprint()) != begun["data_fingerprint"]:
         raise UserError(
-            f"the data are no longer those of the run in {workdir}: got {found}, expected {data}; "
-            "put the files back that it was trained on, or train it anew"
+            f"the data are no longer those of the run in {workdir}: got {found}, expected "
+            f"{begun['data_fingerprint']}; put the files back that it was trained on, or train it "
+            "anew"
         )
-    return Run(config, pretrained, wrap, mesh, model, train_set, weights)
+    return Run(config, pretrained, wrap, mesh, model, train_set, begun)
 
 
 def _read_config(workdir: pathlib.Path) -> ConfigDict:
@@ -92,7 +92,7 @@ def _read_config(workdir: pathlib.Path) -> ConfigDict:
 def load(opened: Run) -> dict[str, Any]:
     """The base weights on the devices; UserError where they are not those of the run."""
     base = load_base(opened.pretrained, opened.model, opened.mesh)
-    check_weights(opened.config.weights, base, opened.weights)
+    check_weights(opened.config.weights, base, opened.begun["weights_fingerprint"])
     return base
 
 
@@ -125,7 +125,8 @@ def restored(opened: Run, workdir: pathlib.Path, which: str, base: Any) -> tuple
     state, notes = checkpoints.restore(latest, state)
     step = latest
     if which == "best":
-        step = notes["best_step"]
+        # After an eval that was interrupted, and made when the run went on, run.json alone knows.
+        step = (opened.begun if notes["eval_due"] else notes)["best_step"]
         if step is None:
             raise UserError(
                 f"no eval of the run in {workdir} was finite: expected --step last or 0"

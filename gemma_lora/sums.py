@@ -11,7 +11,7 @@ from fractions import Fraction
 _ANNOTATION = re.compile(r"<<([^<>\n]{1,200})>>")
 _FINAL = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.M)
 # A - that stands behind an operand is not the number's.
-_NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", re.A)
+_NUMBER = re.compile(r"(?:(?<![\w)%°'])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", re.A)
 
 
 def arithmetic(text: str) -> list[str]:
@@ -127,20 +127,23 @@ def final_answer(text: str) -> str:
     last = annotations[-1].rpartition("=")[2].strip()
     reached = _numbers(last)
     with contextlib.suppress(ZeroDivisionError):
-        whole = evaluate(last.replace("%", ""))  # a fraction is one number
+        whole = evaluate(
+            last.replace("\N{MINUS SIGN}", "-").replace("%", "")
+        )  # a fraction is one number
         reached += [] if whole is None else [whole]
     # Factor 100: steps in dollars or parts of one, the answer in cents or per cent.
     if not reached or answer[0] in (reached[-1], 100 * reached[-1]):
         return ""
     # Many a last step is not annotated, and says its result in words; some write 3 400.
     # What stands before an annotation are its operands.
-    line = steps.rpartition("\n")[2].rpartition(">>")[2]
+    line = steps.rpartition("\n")[2].lstrip("-• ").rpartition(">>")[2]
     if answer[0] in _numbers(line) + _numbers(re.sub(r"(?<=\d) (?=\d{3}\b)", "", line)):
         return ""
     return f"#### {marks[-1][1].strip()}, but the last step gives {last}"
 
 
 def _numbers(text: str) -> list[Fraction]:
+    text = text.replace("\N{MINUS SIGN}", "-").replace("$", "")
     # Python makes no number of thousands of digits.
     found = [n.replace(",", "") for n in _NUMBER.findall(text)]
     return [Fraction(n) for n in found if len(n) <= _DIGITS]

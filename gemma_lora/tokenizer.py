@@ -65,9 +65,15 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def render_chat(
-        self, messages: Sequence[chat.Message], *, add_generation_prompt: bool = False
+        self,
+        messages: Sequence[chat.Message],
+        *,
+        tools: Sequence[Any] = (),
+        add_generation_prompt: bool = False,
     ) -> str:
         """The conversation as text, control tokens written out; BOS too where the model has it.
+
+        tools: the schemas of functions that the template may name.
 
         Raises UserError where there is no chat template, or it refuses the messages.
         """
@@ -80,6 +86,7 @@ class Tokenizer:
         return chat.render(
             self.chat_template,
             messages,
+            tools=tools,
             add_generation_prompt=add_generation_prompt,
             bos_token="" if self.bos_id is None else self.backend.id_to_token(self.bos_id),
             eos_token=self.backend.id_to_token(self.eos_id),
@@ -139,6 +146,8 @@ class Tokenizer:
                         f"{folder} names {content!r} as its {name} token, but {origin.name} has no "
                         "such token; use the two files of one model"
                     )
+            elif name == "bos" and "bos_token" in config:
+                ids["bos_id"] = None  # Qwen2 has none, whatever its config.json says
             elif ids[f"{name}_id"] is None and number is not None:
                 ids[f"{name}_id"] = number[0] if isinstance(number, list) else number
         if ids["eos_id"] is None:
@@ -186,18 +195,26 @@ def _find(folder: Path, config: Mapping[str, Any]) -> tuple[Vocabulary, Path]:
         found = vocabulary.from_merges(path, keras / "merges.txt", added)
         # Keras' Qwen2 tokenizer ends texts so, and its settings do not say it.
         return found._replace(eos_id=known.get("<|endoftext|>")), path
+    stated = {
+        token["content"]: (int(i), bool(token.get("special")))
+        for i, token in config.get("added_tokens_decoder", {}).items()
+    }
+    listed = read_json(folder / "added_tokens.json")
     if (path := folder / "vocab.json").is_file():
-        stated = {
-            token["content"]: (int(i), bool(token.get("special")))
-            for i, token in config.get("added_tokens_decoder", {}).items()
-        }
-        listed = read_json(folder / "added_tokens.json")
         added = {**{token: (i, True) for token, i in listed.items()}, **stated}
         return vocabulary.from_merges(path, folder / "merges.txt", added), path
     # Official Flax weights have it in the folder, or beside the folder of the arrays.
     for path in (folder / "tokenizer.model", folder.parent / "tokenizer.model"):
         if path.is_file():
-            return vocabulary.from_sentencepiece(path), path
+            found = vocabulary.from_sentencepiece(path)
+            more = [t for t in {**listed, **stated} if found.backend.token_to_id(t) is None]
+            if more:
+                raise UserError(
+                    f"{folder} adds tokens that {path.name} has not ({', '.join(more[:5])}): "
+                    "expected tokenizer.json, which transformers' save_pretrained of a fast "
+                    "tokenizer writes"
+                )
+            return found, path
     raise UserError(
         f"no tokenizer in {folder}: looked for tokenizer.json, vocab.json with merges.txt, and "
         "tokenizer.model (also in the folder above); give a folder that has one of them"
@@ -210,7 +227,13 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         return path.read_text(encoding="utf-8")
     found = config.get("chat_template")
     if isinstance(found, list):
-        found = next((t["template"] for t in found if t.get("name") == "default"), None)
+        named = {t.get("name"): t.get("template") for t in found}
+        if "default" not in named:
+            raise UserError(
+                f"{folder / 'tokenizer_config.json'}: none of the chat templates is named default "
+                f"({', '.join(map(str, named))}); put the one to be taken into chat_template.jinja"
+            )
+        found = named["default"]
     if not isinstance(found, str | None):
         raise UserError(
             f"{folder / 'tokenizer_config.json'}: chat_template is a {type(found).__name__}, "

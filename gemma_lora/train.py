@@ -166,12 +166,13 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
     start = distributed.from_first(checkpoints.latest() if begun else None)
     if start is not None:
         state, old = checkpoints.restore(start, state)
+        if old.keys() != notes.keys():
+            differ = ", ".join(sorted(old.keys() ^ notes.keys()))
+            raise UserError(
+                f"the checkpoints in {workdir} are of another version of gemma_lora: not both have "
+                f"{differ}; give another --workdir"
+            )
         for what in ("data", "weights"):
-            if what not in old:
-                raise UserError(
-                    f"the checkpoints in {workdir} are of another version of gemma_lora: they do "
-                    f"not say which {what} they had; give another --workdir"
-                )
             if old[what] != notes[what]:
                 raise UserError(
                     f"the {what} are no longer those of the run in {workdir}: got {notes[what]}, "
@@ -237,7 +238,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
             peak_memory=peak_memory(),
         )
         if jax.process_index() == 0:
-            told = manifest.joined(before, finite(run), made_steps=step != start)
+            told = manifest.joined(before, finite(run), start, made_steps=step != start)
             write_text(workdir / "run.json", json.dumps(told, indent=2) + "\n")
 
     def upcoming() -> tuple[Batch, dict[str, jax.Array]] | None:
@@ -361,8 +362,6 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
                 save_all(0)
             elif notes["eval_due"]:
                 evaluate_now(step)
-                if step == total or patience_over(notes["bad_evals"]):  # no other save will come
-                    checkpoints.save(step, state, notes)
             save_run("running", step)
             batches = iter(train_set.batches(step, total))
             timer.lap()
@@ -398,11 +397,14 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
             save_seen(step)
         except evaluate.StoppedError:
             status = "interrupted"
+            notes["seconds"] = timer.total()
             if step != start:
                 save_all(step)
         finally:
-            checkpoints.close()
-            metrics.close()
+            try:
+                checkpoints.close()
+            finally:
+                metrics.close()
     save_run(status, step)
 
     # ---- what is left behind --------------------------------------------------------------------

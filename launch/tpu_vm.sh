@@ -108,15 +108,19 @@ run() {
   local train
   train="$(quoted .venv/bin/python -m gemma_lora.train --coordinator auto "$@")"
   local there="[ -x gemma_lora/.venv/bin/python ] || { echo 'error: nothing is installed: tpu_vm.sh install' >&2; exit 2; }"
-  on all "$busy; $there; cd gemma_lora || exit 2; rm -f run.status; setsid nohup bash -c $(quoted "trap : TERM; $train; echo \$? >run.status") >run.log 2>&1 </dev/null & echo \$! >run.pid"
+  on all "$busy; $there; cd gemma_lora || exit 2; rm -f run.status run.stopping; setsid nohup bash -c $(quoted "trap : TERM; $train; echo \$? >run.status") >run.log 2>&1 </dev/null & echo \$! >run.pid"
 }
 
 logs() {
+  local none="[ -e run.pid ] || { echo 'error: no run was started' >&2; exit 2; }"
   local lost="echo 'error: the run was killed, or its host restarted; resume continues it' >&2; exit 1"
-  on "$worker" "cd gemma_lora || exit 2; tail -n +1 --pid=\"\$(cat run.pid)\" -F run.log; [ -s run.status ] || { $lost; }; exit \"\$(cat run.status)\""
+  on "$worker" "cd gemma_lora || exit 2; $none; tail -n +1 --pid=\"\$(cat run.pid)\" -F run.log; [ -s run.status ] || { $lost; }; exit \"\$(cat run.status)\""
 }
 
-stop() { on all "if $alive; then kill -TERM -- \"-\$(cat gemma_lora/run.pid)\"; else echo 'error: no run is under way' >&2; exit 2; fi"; }
+# A second signal would end the run at once, without saving.
+stop() {
+  on all "$alive || { echo 'error: no run is under way' >&2; exit 2; }; cd gemma_lora; ! [ -e run.stopping ] || { echo 'it is stopping already'; exit 0; }; touch run.stopping; kill -TERM -- \"-\$(cat run.pid)\""
+}
 
 resume() {
   local now

@@ -157,11 +157,12 @@ def batch_of(tokens: np.ndarray, mask: np.ndarray, slots: int | None = None) -> 
 
 def all_logits(model: Transformer, params: Any, lora: Any, tokens: np.ndarray) -> np.ndarray:
     """[B,T] ids -> [B,T,V] float32 logits of one whole segment a row."""
-    return np.asarray(_logits_of(model)(params, lora, jnp.asarray(tokens)))
+    quick = jax.config.values["jax_disable_most_optimizations"]  # which changes the last bits
+    return np.asarray(_logits_of(model, quick)(params, lora, jnp.asarray(tokens)))
 
 
 @functools.cache
-def _logits_of(model: Transformer):
+def _logits_of(model: Transformer, quick: bool):
     @jax.jit
     def run(params, lora, tokens):
         variables = {"params": params, "lora": lora}

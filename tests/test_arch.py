@@ -157,6 +157,9 @@ def test_local_layers_of_gemma2_share_the_rope_base():
         Arch.from_hf(tiny.TINY["gemma2"] | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}})
 
 
+LOCAL_FACTOR = {"full_attention": {}, "sliding_attention": {"rope_type": "linear", "factor": 4.0}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -166,12 +169,32 @@ def test_local_layers_of_gemma2_share_the_rope_base():
         ({"hidden_activation": "gelu"}, "hidden_activation.*'gelu', expected 'gelu_pytorch_tanh'"),
         ({"hidden_act": "relu"}, "hidden_act of a gemma3_text model is 'relu'"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {},
+                    "sliding_attention": {"rope_type": "linear"},
+                }
+            },
+            "'linear' of the local layers",
+        ),
+        (
+            {"model_type": "paligemma", "text_config": tiny.TINY["gemma"]},
+            "paligemma.*expected gemma3",
+        ),
     ],
 )
 def test_configs_that_are_refused(change, message):
     config = {k: v for k, v in (tiny.TINY["gemma3"] | change).items() if v is not None}
     with pytest.raises(UserError, match=message):
         Arch.from_hf(config)
+
+
+def test_null_counts_as_absent():
+    stated = {"rope_theta": None, "tie_word_embeddings": None}
+    for name in ("gemma3", "qwen2"):
+        bare = {k: v for k, v in tiny.TINY[name].items() if k not in stated}
+        assert Arch.from_hf(bare | stated) == Arch.from_hf(bare)
 
 
 def test_sliding_qwen_is_refused():
@@ -222,11 +245,10 @@ HOUSE = [
     "optim",
     "compiled",
     "step",
-    "metrics",
     "workdir",
+    "metrics",
     "interrupt",
     "checkpoint",
-    "export",
     "evaluate",
     "stats",
     "rules",
@@ -251,6 +273,7 @@ HOUSE = [
     "ahead",
     "plan",
     "reopen",
+    "export",
     "folds",
     "gradients",
     "unprompted",

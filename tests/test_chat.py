@@ -265,6 +265,18 @@ def test_messages_train_the_last_turn(tokenizer):
     assert learnt(e, tokenizer) == "d<end_of_turn>\n"
 
 
+def test_tools_reach_the_template(tokenizer):
+    template = "{% if tools %}{{ tools[0].name }}: {% endif %}"
+    template += "{{ messages|map(attribute='content')|join(', ') }}"
+    with_tools = dataclasses.replace(tokenizer, chat_template=template)
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    found = [tokenized([row | {"tools": t}], with_tools).examples[0].text
+             for t in ([{"name": "add"}], [], None)]  # fmt: skip
+    assert found == ["add: a, b", "a, b", "a, b"]
+    with pytest.raises(UserError, match="tools is a str, expected a list"):
+        tokenized([row | {"tools": "[]"}], with_tools)
+
+
 def test_qwen2_has_no_bos_and_ends_in_its_turn(folders):
     tokenizer = Tokenizer.from_dir(folders / "qwen2")
     [e] = tokenized([{"messages": [SYSTEM, *TURNS[:2]]}], tokenizer, loss_on="completion").examples

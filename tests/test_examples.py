@@ -40,6 +40,12 @@ def test_bos_text_eos_and_the_loss_mask(tokenizer, loss_on):
     assert e.load == len(learnt)
 
 
+def test_a_text_that_ends_itself_is_not_ended_twice(tokenizer):
+    rows = [QA, QA | {"id": "r2", "answer": QA["answer"] + "<eos>"}]
+    once, own = tokenized(rows, tokenizer, loss_on="all").examples
+    assert once.tokens.tolist() == own.tokens.tolist() and list(once.tokens).count(1) == 1
+
+
 class Triples:
     """Tokens of three characters: the completion begins inside one."""
 

@@ -283,7 +283,8 @@ def test_other_data_than_the_run_had(run, tmp_path):
 
 
 def test_other_weights_than_the_run_had(run, monkeypatch):
-    opened = dataclasses.replace(gradients.reopen(run), weights="another")
+    opened = gradients.reopen(run)
+    opened.begun["weights_fingerprint"] = "another"
     monkeypatch.setattr(gradients, "reopen", lambda *_: opened)
     with pytest.raises(UserError, match="no longer the weights of the run"):
         gradients.run(run, "best", M)

@@ -162,6 +162,7 @@ def test_stop_lets_the_run_save(launch, tmp_path):
     assert host("until grep -q training gemma_lora/run.log; do sleep 0.1; done").returncode == 0
     assert host(start).stderr == "error: a run is under way\n"
     assert host(stop).returncode == 0
+    host(stop)  # too late, or of no effect
     host('tail --pid="$(cat gemma_lora/run.pid)" -f /dev/null')
     assert (tmp_path / "gemma_lora" / "run.status").read_text() == "130\n"
     assert host(stop).returncode == 2

@@ -224,7 +224,12 @@ def test_mined_outliers_are_taken_where_they_are_of_this_ledger(tmp_path):
     later = {"id": columns["id"], "grad_norm": columns["loss"], "grad_misfit": columns["loss"]}
     pyarrow.parquet.write_table(pyarrow.table(later), tmp_path / "gradients.parquet")
     found = report.build(tmp_path)["training"]
-    assert "lacks scores" in found["source"] and "grad_norm" in found["scores"]
+    assert "other files of scores" in found["source"] and "grad_norm" in found["scores"]
+    with_them = mined | {k: columns["loss"] for k in ("grad_norm", "grad_misfit")}
+    pyarrow.parquet.write_table(pyarrow.table(with_them), path)
+    assert report.build(tmp_path)["training"]["source"] == "outliers.parquet"
+    (tmp_path / "gradients.parquet").unlink()  # what was made of it is no longer so
+    assert "other files of scores" in report.build(tmp_path)["training"]["source"]
     pyarrow.parquet.write_table(pyarrow.table(mined | {"loss": columns["loss"] + 1}), path)
     found = report.build(tmp_path)["training"]
     assert "is not used" in found["source"] and found["worst"][0]["rules"] == []

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +15,9 @@ import tiny_run
 from common import read_json
 from tiny_run import KilledError, left, on_every_record, on_record, settings
 
-from gemma_lora import evaluate, manifest
+from gemma_lora import evaluate, manifest, reopen
 from gemma_lora.checkpoint import Checkpoints
 from gemma_lora.errors import UserError
-
-
-def notes(workdir: Path, step: int) -> dict[str, Any]:
-    return read_json(workdir / "checkpoints" / str(step) / "notes" / "metadata")
 
 
 def test_rerun_of_a_finished_run_changes_nothing(straight, inputs, tmp_path):
@@ -142,8 +137,8 @@ def test_sigterm_during_an_evaluation_saves_the_step(straight, inputs, tmp_path,
         tiny_run.run(workdir, settings(inputs))
     assert made[0] == ("eval", step) and ("train", step) not in made
     assert left(workdir) == left(straight[0])
-    for name in ("eval_due", "best_step"):
-        assert notes(workdir, 8)[name] == notes(straight[0], 8)[name]
+    opened = reopen.reopen(workdir, "best")
+    assert reopen.restored(opened, workdir, "best", reopen.load(opened))[0] == 8
 
 
 def test_starts_with_other_code_are_told_apart(inputs, tmp_path, monkeypatch):

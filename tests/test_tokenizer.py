@@ -43,6 +43,9 @@ def test_folder_with_sentencepiece_model(spm_path, tmp_path):
     changed = Tokenizer.from_dir(tmp_path)
     assert (changed.bos_id, changed.eos_id, changed.pad_id, changed.add_bos) == (2, 1, 1, False)
     assert changed.encode("the cat") == plain.encode("the cat")
+    write_json(tmp_path / "added_tokens.json", {"<eos>": 1, "<|im_start|>": 424})
+    with pytest.raises(UserError, match=r"adds tokens that tokenizer.model has not \(<\|im_start"):
+        Tokenizer.from_dir(tmp_path)
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -122,6 +125,10 @@ def test_where_a_chat_template_comes_from(folder):
     config = {"eos_token": "<|im_end|>", "chat_template": named}
     write_json(folder / "tokenizer_config.json", config)
     assert Tokenizer.from_dir(folder).chat_template == "y"
+    unnamed = {"chat_template": [{"name": "rag", "template": "x"}]}
+    write_json(folder / "tokenizer_config.json", config | unnamed)
+    with pytest.raises(UserError, match=r"none of the chat templates is named default \(rag\)"):
+        Tokenizer.from_dir(folder)
     (folder / "chat_template.jinja").write_text("z")
     assert Tokenizer.from_dir(folder).chat_template == "z"
     (folder / "chat_template.jinja").unlink()
@@ -140,6 +147,10 @@ def test_special_ids_in_order_of_preference(folder):
     mapped = Tokenizer.from_dir(folder)
     assert mapped.eos_id == mapped.pad_id == saved.encode("<|endoftext|>")[0]
     assert mapped.bos_id == start and not mapped.add_bos
+    # As Qwen2's files: what the tokenizer says it has not, config.json does not give it.
+    write_json(folder / "tokenizer_config.json", {"bos_token": None})
+    assert Tokenizer.from_dir(folder).bos_id is None
+    (folder / "tokenizer_config.json").unlink()
     (folder / "special_tokens_map.json").unlink()
     assert Tokenizer.from_dir(folder).eos_id == start
     (folder / "config.json").unlink()

@@ -125,7 +125,8 @@ def _measure(
                 f"it would in {place(sample, where)}; part it from the text before it by a word or "
                 "a line"
             )
-        if not (data.chat and control_end(r.text, encoding, tokenizer) is not None):
+        ended = ids[-1:] == [tokenizer.eos_id]  # the text says so itself
+        if not ended and not (data.chat and control_end(r.text, encoding, tokenizer) is not None):
             ids.append(tokenizer.eos_id)
         if tokenizer.add_bos and not (data.chat and ids[0] == tokenizer.bos_id):
             ids.insert(0, tokenizer.bos_id)

@@ -143,6 +143,10 @@ def render_chat(
     content, start, end, label = "", 0, 0, -1
     if variants is MESSAGES:
         messages = _messages(row, where)
+        if tools := row.get("tools"):
+            if not isinstance(tools, list):
+                raise UserError(f"{where}: tools is a {type(tools).__name__}, expected a list")
+            chat = functools.partial(chat, tools=tools)
     else:
         plain = render(variants, row, labels, where)
         content, label = plain.text[: plain.completion].strip(), plain.label

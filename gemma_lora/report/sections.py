@@ -378,7 +378,7 @@ def _others(runs: list[dict[str, Any]]) -> list[Block]:
 def _final(r: dict[str, Any]) -> str:
     loss, accuracy = (r["validation"][k] for k in ("loss", "token_accuracy"))
     return (
-        f"By step {show(r['run']['best_step'])} of the {show(r['run']['steps'])} that were made "
+        f"By step {show(r['evals']['best'])} of the {show(r['run']['steps'])} that were made "
         f"the validation loss went from {show(loss['start'])} "
         f"to {show(loss['best'])} ({loss['conclusion']}), its token accuracy from "
         f"{show(accuracy['start'])} to {show(accuracy['best'])} ({accuracy['conclusion']}), and "

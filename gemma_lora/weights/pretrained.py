@@ -124,11 +124,17 @@ def _hf(path: pathlib.Path) -> _Opened:
             stated = dict(json.loads(config.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as e:
             raise UserError(f"{config} is corrupt: expected a JSON object ({e})") from e
+        if quantised := stated.get("quantization_config"):
+            how = quantised.get("quant_method", "method unknown")
+            raise UserError(
+                f"{config}: the weights are quantised ({how}): expected those of the unquantised "
+                "model, whose matrices --config.quantize=int8 stores in 8 bits"
+            )
         found = Arch.from_hf(stated)
     facts = dataclasses.asdict(found) if found else {}
     tensors = hf.Safetensors(path)
     from_dir = lambda: Tokenizer.from_dir(home)  # noqa: E731
-    stated |= stated.get("text_config", {})  # multimodal Gemma 3
+    stated = stated.get("text_config", {}) | stated  # multimodal Gemma 3
     return _Opened(
         tensors, "hf", config, facts, found, from_dir, vision=tensors.vision, stated=stated
     )
@@ -252,6 +258,9 @@ def load_base(pretrained: Pretrained, model: Transformer, mesh: Mesh) -> dict[st
     )
 
 
+_ROWS = 4096
+
+
 @jax.jit
 def _sum_of_bits(layers: list[jax.Array], others: list[jax.Array]) -> jax.Array:
     """Of integers, so the same however the leaves are split over devices; of each element's bits
@@ -272,11 +281,12 @@ def _sum_of_bits(layers: list[jax.Array], others: list[jax.Array]) -> jax.Array:
 
     # A layer at a time: an array of 32 bits of all would be twice the weights.
     total, _ = jax.lax.scan(add, jnp.uint32(0), layers)
-    return add(total, others)[0]
+    return add(total, [x[:: max(1, len(x) // _ROWS)] for x in others])[0]
 
 
 def fingerprint(base: dict[str, Any]) -> str:
-    """Eight digits that other weights or another dtype would not have, on any mesh."""
+    """Eight digits that other weights or another dtype would not have, on any mesh. Of the tables
+    of words about _ROWS rows count."""
     others = {k: v for k, v in base.items() if k != "layers"}
     return f"{int(_sum_of_bits(jax.tree.leaves(base['layers']), jax.tree.leaves(others))):08x}"
 
