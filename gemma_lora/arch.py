@@ -51,14 +51,14 @@ class Arch:
 
         Raises UserError for an unknown model_type or a setting that would change the maths.
         """
-        if "text_config" in config:
+        if (inner := config.get("text_config")) is not None:
             outer = config.get("model_type", "gemma3")
             if outer not in ("gemma3", *FAMILIES):  # PaliGemma's rows see their whole prompt
                 raise UserError(
                     f"config.json: model_type {outer!r} around a text model is not supported "
                     "(expected gemma3)"
                 )
-            config = config["text_config"]
+            config = inner
         family = config.get("model_type", "")
         if family not in FAMILIES:
             raise UserError(

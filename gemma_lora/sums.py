@@ -127,9 +127,8 @@ def final_answer(text: str) -> str:
     last = annotations[-1].rpartition("=")[2].strip()
     reached = _numbers(last)
     with contextlib.suppress(ZeroDivisionError):
-        whole = evaluate(
-            last.replace("\N{MINUS SIGN}", "-").replace("%", "")
-        )  # a fraction is one number
+        # A fraction is one number.
+        whole = evaluate(last.replace("\N{MINUS SIGN}", "-").replace("%", ""))
         reached += [] if whole is None else [whole]
     # Factor 100: steps in dollars or parts of one, the answer in cents or per cent.
     if not reached or answer[0] in (reached[-1], 100 * reached[-1]):

@@ -27,11 +27,11 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> boo
     """Makes the workdir this run's, before anything expensive; True if the run was begun before.
 
     A start that failed before its first evaluation had ended does not bind (one that a signal ended
-    there does, as it has saved); nor does the mesh, so
-    that a run can go on with other devices. Raises UserError when it belongs to another run (naming
-    the keys that differ) or process, is not a directory, cannot be written, or has less free space
-    than `need_bytes`; on several processes also where they have not all the same config, or where
-    one of them sees another directory than process 0.
+    there does, as it has saved); nor does the mesh, so that a run can go on with other devices.
+    Raises UserError when it belongs to another run (naming the keys that differ) or process, is not
+    a directory, cannot be written, or has less free space than `need_bytes`; on several processes
+    also where they have not all the same config, or where one of them sees another directory than
+    process 0.
     """
     distributed.agree("the config", json.dumps(config, sort_keys=True))
     begun = _claim(workdir, config, need_bytes) if jax.process_index() == 0 else False

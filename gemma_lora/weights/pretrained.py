@@ -134,7 +134,7 @@ def _hf(path: pathlib.Path) -> _Opened:
     facts = dataclasses.asdict(found) if found else {}
     tensors = hf.Safetensors(path)
     from_dir = lambda: Tokenizer.from_dir(home)  # noqa: E731
-    stated = stated.get("text_config", {}) | stated  # multimodal Gemma 3
+    stated = (stated.get("text_config") or {}) | stated  # multimodal Gemma 3
     return _Opened(
         tensors, "hf", config, facts, found, from_dir, vision=tensors.vision, stated=stated
     )
