@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny_run
 from common import read_json
-from tiny_run import KilledError, left, on_every_record, on_record, settings
+from tiny_run import left, on_every_record, on_record, settings
 
 from gemma_lora import evaluate, manifest, reopen
 from gemma_lora.checkpoint import Checkpoints
@@ -29,14 +29,8 @@ def test_rerun_of_a_finished_run_changes_nothing(straight, inputs, tmp_path):
 
 
 @pytest.mark.parametrize("kind,step", [("train", 1), ("eval", 6)])
-def test_killed_and_rerun_equals_straight(kind, step, straight, inputs, tmp_path, monkeypatch):
-    def die():
-        raise KilledError
-
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        on_record(patch, kind, step, die)
-        tiny_run.run(tmp_path / "run", settings(inputs))
-    tiny_run.run(tmp_path / "run", settings(inputs))
+def test_killed_and_rerun_equals_straight(kind, step, straight, inputs, tmp_path):
+    tiny_run.run_killed(tmp_path / "run", settings(inputs), kind, step)
     assert left(tmp_path / "run") == left(straight[0])
 
 
@@ -48,18 +42,12 @@ def test_killed_and_rerun_equals_straight(kind, step, straight, inputs, tmp_path
     ],
     ids=["dora of pissa", "dora on int8"],
 )
-def test_adapters_that_read_the_base(changes, inputs, tmp_path, monkeypatch):
+def test_adapters_that_read_the_base(changes, inputs, tmp_path):
     """Killed and rerun equals straight; the exported adapter is what was evaluated last."""
     c = settings(inputs, changes | {"optim.b_lr_ratio": 4.0})
     tiny_run.run(tmp_path / "straight", c)
 
-    def die():
-        raise KilledError
-
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        on_record(patch, "train", 5, die)
-        tiny_run.run(tmp_path / "run", c)
-    tiny_run.run(tmp_path / "run", c)
+    tiny_run.run_killed(tmp_path / "run", c, "train", 5)
     assert left(tmp_path / "run") == left(tmp_path / "straight")
     c.data.path = c.data.validation_path
     found = evaluate.evaluate(c, tmp_path / "out", tmp_path / "run" / "adapter")

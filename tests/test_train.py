@@ -16,7 +16,7 @@ import pytest
 import tiny_run
 from common import one_device, read_json, tiny_arch
 from safetensors.numpy import load_file, save_file
-from tiny_run import KilledError, ledger, left, on_record, records, settings
+from tiny_run import ledger, left, on_record, records, settings
 
 from gemma_lora import config, evaluate, outliers, train
 from gemma_lora.data.pipeline import dataset, load_data
@@ -319,13 +319,7 @@ def test_buckets(inputs, tmp_path, monkeypatch):
         assert one["id"].tolist() == two["id"].tolist()
         assert np.allclose(one["nll"], two["nll"], rtol=1e-5)
 
-    def die():
-        raise KilledError
-
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        on_record(patch, "train", 5, die)
-        tiny_run.run(tmp_path / "run", c)
-    tiny_run.run(tmp_path / "run", c)
+    tiny_run.run_killed(tmp_path / "run", c, "train", 5)
     assert left(tmp_path / "run") == left(tmp_path / "straight")
 
 

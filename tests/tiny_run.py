@@ -13,6 +13,7 @@ import common
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import pytest
 import tiny
 import tiny_tokenizer
 from jax.experimental.compilation_cache import compilation_cache
@@ -107,6 +108,18 @@ def on_every_record(monkeypatch, action: Callable[[dict[str, Any]], None]) -> No
 def on_record(monkeypatch, kind: str, step: int, action: Callable[[], None]) -> None:
     """Calls `action` when the record of a step is about to be written."""
     on_every_record(monkeypatch, lambda r: (r["kind"], r["step"]) == (kind, step) and action())
+
+
+def run_killed(workdir: Path, c: Any, kind: str, step: int) -> None:
+    """Trains twice: the first start ends, unforeseen, when the record of a step is due."""
+
+    def die():
+        raise KilledError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
+        on_record(patch, kind, step, die)
+        run(workdir, c)
+    run(workdir, c)
 
 
 def records(workdir: Path, kind: str) -> list[dict[str, Any]]:
