@@ -255,8 +255,9 @@ def test_real_gsm8k_loss(real, source):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_real_trajectory(real, source):
-    """20 steps of the golden, 5 of the live reference."""
+def test_real_trajectory_of_20_steps(real, source):
+    # close_matrices' limits are for so many: after five, one element of the kind that it allows is
+    # more than 1e-2 of a matrix.
     want = expected(source, "real")
     wrap = LoRAConfig(8, 16.0, 0.0)
     model = build_model(real.model.arch, real.config, wrap)
@@ -265,7 +266,7 @@ def test_real_trajectory(real, source):
         model,
         real.base,
         common.on_our_tree(start, model.arch),
-        *tiny.text_batches(want["long_ids"][0], steps=len(want["train_losses"])),
+        *tiny.text_batches(want["long_ids"][0]),
         lr=2e-4,
     )
     assert np.all(np.abs(losses / want["train_losses"] - 1) <= 1e-4)
