@@ -120,13 +120,13 @@ def export(
         )
     pretrained = open_weights(run["weights"], run["arch"], run["weights_sha256"], run["tokenizer"])
     config, lora = peft.read(workdir / "adapter", pretrained.arch)
-    _check_base(workdir, run, pretrained)
     home = pathlib.Path(run["tokenizer"]).expanduser() if run["tokenizer"] else None
     if home is None and pretrained.form == "hf":
         home = pretrained.home
     tuned = Tuned(pretrained, pretrained.tokenizer(), home, config, lora, run["data"]["chat"])
     facts = {"to": out, "base": f"{run['weights']}. {pretrained.notice}".rstrip(". ")}
     with _appears(out) as directory:
+        _check_base(workdir, run, pretrained)
         if form == "peft":
             base_model = pretrained.base_name, pretrained.inner, pretrained.revision
             peft.export(directory, lora, config, pretrained.arch, *base_model)

@@ -64,6 +64,14 @@ def parts(train_set: Dataset, config: Any, folds: int) -> list[tuple[Dataset, Da
     return out
 
 
+def _is_of(path: pathlib.Path, held: Dataset) -> bool:
+    """Is the file there, and of these examples? Folds were cut otherwise once."""
+    if not path.exists():
+        return False
+    found = evaluate.read_table(path, ("id",))["id"].to_pylist()
+    return sorted(found) == sorted(e.id for e in held.examples)
+
+
 def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
     """Makes the folds that are missing; returns the columns of scores.parquet, in id order."""
     distributed.agree("--folds", str(folds))
@@ -81,7 +89,10 @@ def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
     distributed.agree("the data", train_set.fingerprint())
     # Process 0 alone asks: what another one has not found it may not find soon after.
     first = jax.process_index() == 0
-    done = [distributed.from_first(first and path.exists()) for path in paths]
+    done = [
+        distributed.from_first(first and _is_of(path, held))
+        for path, (_, held) in zip(paths, made, strict=True)
+    ]
     base = None
     evaluating = jit_eval_step(model, config, train_set.label_tokens, mesh)
     for k, ((fit, held), path, kept) in enumerate(zip(made, paths, done, strict=True)):

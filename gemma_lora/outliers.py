@@ -334,29 +334,19 @@ def markdown(
     lines = [f"# The {len(worst)} most suspicious of {len(columns['id'])} training examples", ""]
     lines += ["Of each score its value and, in brackets, the share of examples below or at it.", ""]
     lines += [f"- `{k}`: {SCORES[k]}" for k in names]
-    lines += [
-        "",
-        f"Ranked by the mean rank of {' and '.join(map(code, combined_of(names)))}.",
-    ]
-    lines += ["", looked_at]
+    ranked = " and ".join(map(code, combined_of(names)))
+    lines += ["", f"Ranked by the mean rank of {ranked}.", "", looked_at]
     if lost := [code(i) for i in columns["id"][~np.isfinite(columns["loss"])]]:
         shown = ", ".join(lost[:20]) + (f" and {len(lost) - 20} more" if len(lost) > 20 else "")
         lines += ["", f"The last eval gave {len(lost)} no finite loss: {shown}."]
     shares = {k: share(columns[k]) for k in names}
     for place, i in enumerate(worst, 1):
         shown = ", ".join(f"{k} {columns[k][i]:.3g} ({shares[k][i]:.3f})" for k in names)
-        lines += [
-            "",
-            f"## {place}. {code(columns['id'][i])}: {categories[i]}",
-            "",
-            shown,
-            "",
-        ]
-        lines += [
-            f"{rule}: {code(why)}\n" for rule, why in broken.get(columns["id"][i], {}).items()
-        ]
+        ident = columns["id"][i]
+        lines += ["", f"## {place}. {code(ident)}: {categories[i]}", "", shown, ""]
+        lines += [f"{rule}: {code(why)}\n" for rule, why in broken.get(ident, {}).items()]
         lines += ["    " + line for line in texts[i].splitlines()]
-        if near := neighbours.get(columns["id"][i]):
+        if near := neighbours.get(ident):
             lines += ["", "The training examples with the most alike gradients:", ""]
             lines += [f"- {code(j)}, cosine {c:.3f}: {code(text_of[j][:120])}" for j, c in near]
     lines += [*shared, "", f"# {len(broken)} training examples that break a rule", ""]

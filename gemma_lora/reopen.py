@@ -101,7 +101,8 @@ def check_weights(name: str, base: dict[str, Any], expected: str) -> None:
     if (found := fingerprint(base)) != expected:
         raise UserError(
             f"{name}: these are no longer the weights of the run: got {found}, expected "
-            f"{expected}; put those back that it was trained on, or train it anew"
+            f"{expected}; put those back that it was trained on, or train it anew (as one that an "
+            "older gemma_lora made)"
         )
 
 

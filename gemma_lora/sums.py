@@ -36,17 +36,18 @@ def _contradiction(body: str) -> str:
         return f"<<{body}>>: divides by zero"
     if result is None:
         return ""
-    digits = len(written.strip(" $%").partition(".")[2])
+    digits = None if "/" in written else len(written.strip(" $%").partition(".")[2])
     scales = (1, 100) if "%" in written else (1,)
     for side, value in values:
-        if value is None or ("/" in written and value == result):
-            continue
-        if "/" in written or not any(_holds(value * s, result, digits) for s in scales):
+        if value is not None and not any(_holds(value * s, result, digits) for s in scales):
             return f"<<{body}>>: {side} is {_show(value)}"
     return ""
 
 
-def _holds(value: Fraction, result: Fraction, digits: int) -> bool:
+def _holds(value: Fraction, result: Fraction, digits: int | None) -> bool:
+    """digits: behind the point of the result; None: it is a fraction, and exact."""
+    if digits is None:
+        return value == result
     unit = Fraction(1, 10**digits)
     cut_off = digits > 0 and math.trunc(value / unit) * unit == result
     return cut_off or abs(value - result) <= unit / 2

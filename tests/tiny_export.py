@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import common
-import jax
 import numpy as np
 import safetensors.numpy
 import tiny
@@ -14,7 +13,6 @@ from ml_collections import ConfigDict
 
 from gemma_lora import config
 from gemma_lora.model import no_wrap
-from gemma_lora.sharding import make_mesh
 from gemma_lora.tokenizer import Tokenizer
 from gemma_lora.weights import pretrained as pretrained_
 
@@ -73,7 +71,7 @@ def write_run(directory: Path, name: str, changes: dict | None = None) -> Path:
 def fingerprint_of(base: Path, settings: dict) -> str:
     """As a run with these settings writes it."""
     pretrained = pretrained_.open_weights(str(base), "auto")
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    mesh = common.one_device()
     model = pretrained_.build_model(pretrained.arch, ConfigDict(settings), no_wrap, mesh)
     return pretrained_.fingerprint(pretrained_.load_base(pretrained, model, mesh))
 
