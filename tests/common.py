@@ -64,21 +64,21 @@ def needs(package: str):
     return pytest.importorskip(package, reason=f"{package} is not installed")
 
 
-def on_eight_devices(script: str, quick: bool = False) -> None:
+def on_eight_devices(script: str, *arguments: str) -> None:
     """Runs a script that ends by printing 'equal' in a process with eight devices of the host.
 
-    quick: it compiles with few optimisations.
+    It compiles quickly: what is left out comes after programs are split over devices.
     """
     here = pathlib.Path(__file__).parent
     flags = "--xla_force_host_platform_device_count=8"
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", script, *arguments],
         env={
             **os.environ,
             "XLA_FLAGS": flags,
             "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "PYTHONPATH": os.pathsep.join((str(here), str(here.parent))),
-            **({"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if quick else {}),
         },
         capture_output=True,
         text=True,

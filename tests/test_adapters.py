@@ -298,7 +298,7 @@ print("equal")
 
 
 def test_sharded_on_eight_devices_equals_one_device():
-    common.on_eight_devices(SHARDED, quick=True)
+    common.on_eight_devices(SHARDED)
 
 
 # ---- what is refused --------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from gemma_lora.loss import Sweep
 from gemma_lora.sharding import make_mesh, spec
 from gemma_lora.step import forward
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def inputs(length, heads, kv_heads, head_dim, rows=2):
     """q, k, v, a cotangent, and segments: packed rows that end in padding."""

@@ -234,6 +234,7 @@ def test_steps(run):
         assert not np.any(leaves["a"]) and np.any(leaves["b"])
 
 
+@pytest.mark.once
 def test_packing_and_length_of_rows_do_not_matter(run, tmp_path):
     """Runs that start from the same adapters and batch the same examples otherwise."""
     want = gradients.run(run, "0", M)

@@ -59,7 +59,7 @@ def patched_write(self, record, line):
 
 def main():
     Metrics.write, Dataset.batch_at = patched_write, patched_batch_at
-    with tiny_run.quick_compilation():
+    with tiny_run.quick_compilation(), tiny_run.no_plots():
         train.train(tiny_run.settings(pathlib.Path(inputs), changes), pathlib.Path(workdir))
     read = {step: sorted(indices) for step, indices in found.items()}
     pathlib.Path(f"{workdir}.read{jax.process_index()}").write_text(json.dumps(read))
@@ -154,6 +154,7 @@ def test_two_processes_are_one_run(straight, inputs, tmp_path):
             assert indices == sorted(m for row in mine for m in row)
 
 
+@pytest.mark.once
 def test_a_lost_process_stops_the_other_and_the_run_goes_on(straight, inputs, tmp_path):
     """SIGKILL, then SIGTERM, each on one of two processes: the end is that of a straight run, to
     the bit; and within rounding where one process with eight devices takes over."""

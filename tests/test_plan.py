@@ -71,7 +71,7 @@ print("equal")
 
 def test_arguments_are_the_bytes_of_the_sharded_trees():
     """And the second plan is read from disk."""
-    common.on_eight_devices(ON_CPUS, quick=True)
+    common.on_eight_devices(ON_CPUS)
 
 
 FOUND = {
@@ -221,6 +221,7 @@ def test_the_default_remat_runs_no_base_product_twice_and_the_state_is_given_awa
     assert compiled.memory_analysis().alias_size_in_bytes >= state
 
 
+@pytest.mark.once
 def test_leaves_on_the_command_line():
     """[18,640,2048] bfloat16 of up_proj over two devices."""
     line = "-m gemma_lora.plan --config configs/gemma3_270m_gsm8k.py --topology cpu:2 --leaves"
@@ -231,9 +232,7 @@ def test_leaves_on_the_command_line():
     assert up.split()[-3:] == ["23,592,960", "of", "47,185,920"]
     for change, words in (
         (("cpu:2", "cpu:x"), "topology 'cpu:x'"),
-        (("cpu:2", "cpu:16"), "data.batch_size is 8"),
         (("--leaves", "--largest --examples=9"), "the memory of a cpu:2 is not known"),
-        (("--leaves", "--leaves --config.lora.targets=query"), "'query'"),
     ):
         wrong = subprocess.run([sys.executable, *line.replace(*change).split()],
                                capture_output=True, text=True)  # fmt: skip

@@ -370,6 +370,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
 
 
+@pytest.mark.once
 def test_command_line(tmp_path):
     command = [sys.executable, "-m", "gemma_lora.report", "--workdir", str(make(tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True)

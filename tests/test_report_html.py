@@ -252,6 +252,7 @@ def test_a_price_that_is_none(monkeypatch, price):
         command.main()
 
 
+@pytest.mark.once
 def test_five_thousand_examples_stay_under_5_mb(tmp_path):
     report_run.gsm8k(tmp_path, 500, 4500, steps=(0, 30, 60))
     report.write(tmp_path)

@@ -20,6 +20,8 @@ from gemma_lora.optim import optimizer, schedule
 from gemma_lora.step import State, forward, make_eval_step, make_train_step
 from gemma_lora.weights.mapping import flatten
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 NAME = "gemma3"
 
 
@@ -43,7 +45,6 @@ def one_run(micro_batches=1, dropout=0.0, name="qwen2", **kwargs):
     return first, state, params, step._cache_size()
 
 
-@pytest.mark.usefixtures("quick")
 def test_dropout_is_of_the_seed():
     model, params = common.tiny_model("gemma", LoRAConfig(4, 8.0, 0.5))
     tx = optimizer(default().optim, 10)

@@ -285,6 +285,7 @@ def test_damaged_checkpoint(straight, inputs, tmp_path):
     assert left(workdir) == left(straight[0])
 
 
+@pytest.mark.once
 def test_buckets(inputs, tmp_path, monkeypatch):
     """One program a row length and kind of step, compiled before the first step; the losses of
     step 0 are those without buckets; killed and rerun equals straight."""

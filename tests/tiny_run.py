@@ -84,12 +84,16 @@ def settings(inputs: Path, changes: dict[str, Any] | None = None) -> Any:
     return c
 
 
+def no_plots() -> contextlib.AbstractContextManager:
+    """Leaves the report's plots out: they take longer than the steps."""
+    blank = {"svg": lambda _: "data:,", "png": lambda _, path: path.touch()}
+    return mock.patch.multiple(plots, **blank)
+
+
 def run(workdir: Path, c: Any, drawn: bool = False) -> str:
     """Trains; returns what was printed. The report's plots are left out, but where `drawn`."""
     out = io.StringIO()
-    blank = {"svg": lambda _: "data:,", "png": lambda _, path: path.touch()}
-    plotted = contextlib.nullcontext() if drawn else mock.patch.multiple(plots, **blank)
-    with contextlib.redirect_stdout(out), plotted:
+    with contextlib.redirect_stdout(out), contextlib.nullcontext() if drawn else no_plots():
         train.train(c, workdir)
     return out.getvalue()
 
