@@ -134,8 +134,7 @@ def facts(
         if not found:
             raise
     else:
-        at_once = rows_at_once(config, rows, step)
-        found |= _measured(compiled, arch, mesh, at_once, length)
+        found |= _measured(compiled, arch, mesh, rows_at_once(config, rows), length)
     found["seconds"] = time.monotonic() - start
     with contextlib.suppress(OSError):  # a folder that cannot be written only costs the time
         write_text(path, json.dumps(found, indent=1) + "\n")
@@ -177,9 +176,9 @@ def _measured(compiled: Any, arch: Arch, mesh: Mesh, rows: int, length: int) -> 
     }
 
 
-def rows_at_once(config: Any, rows: int, step: str) -> int:
-    """Of a batch, those that the model takes together: in training a micro-batch."""
-    return rows // config.train.micro_batches if step == "train" else rows
+def rows_at_once(config: Any, rows: int) -> int:
+    """Of a batch, those that the model takes together: a micro-batch."""
+    return rows // config.train.micro_batches
 
 
 def letter_sizes(arch: Arch, mesh: Mesh, rows: int, length: int) -> dict[str, int]:
@@ -201,7 +200,7 @@ def _key(arch: Arch, config: Any, topology: str, mesh: Mesh, rows: int, length: 
         "arch": dataclasses.asdict(arch),
         "config": {k: getattr(config, k) for k in names}
         | {k: config[k].to_dict() for k in sections},
-        "run": [topology, dict(mesh.shape), rows, rows_at_once(config, rows, step), length, step],
+        "run": [topology, dict(mesh.shape), rows, rows_at_once(config, rows), length, step],
         "flags": {k: os.environ.get(k, "") for k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
         "versions": {p: _version(p) for p in ("jax", "jaxlib", "flax", "optax", "libtpu")},
     }

@@ -300,7 +300,7 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
         raise UserError(f"{where}: no example has a token that carries loss within data.seq_len")
     check_vocabulary(found.examples, pretrained.arch.vocab)
     mesh = make_mesh(config.mesh)
-    check_rows(config.data.batch_size, mesh)
+    check_rows(config.data.batch_size, mesh, config.train.micro_batches)
     model = build_model(pretrained.arch, config, wrap, mesh)
     _make(out)
     base = load_base(pretrained, model, mesh)

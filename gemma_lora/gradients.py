@@ -40,7 +40,7 @@ from gemma_lora.metrics import say
 from gemma_lora.model import Transformer
 from gemma_lora.reopen import STEPS, Run, load, reopen, restored
 from gemma_lora.sharding import batch_sharding, to_global
-from gemma_lora.step import Batch, forward
+from gemma_lora.step import Batch, cut, forward, joined
 
 NEIGHBOURS = 5
 _CHUNK = 256  # examples compared with all others at a time
@@ -81,10 +81,8 @@ def make_gradient_step(
             grads = jax.grad(loss)(lora, base, row)
             return optax.tree.norm(grads), project(grads, m, seed)
 
-        # Strided, so that each group has rows of every device.
-        cut = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1), batch)
-        found = jax.lax.map(jax.vmap(one), cut)
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
+        groups = cut(batch, len(batch["loss_mask"]) // rows)
+        return joined(jax.lax.map(jax.vmap(one), groups))
 
     return step
 

@@ -29,8 +29,8 @@ from gemma_lora.sharding import split_rows
 Wrap = Callable[[Einsum, str], nn.Module]
 
 # What the backward finds saved from the forward. 'matmuls' saves the result of every base matrix
-# product that the backward needs, so that none runs twice; attention, which multiplies activations
-# alone, runs again, and so does all element-wise work.
+# product that the backward needs, so that none runs twice (but DoRA's products of dropped inputs);
+# attention, which multiplies activations alone, runs again, and so does all element-wise work.
 REMAT: dict[str, Any] = {
     "none": None,
     "matmuls": jax.checkpoint_policies.save_only_these_names(

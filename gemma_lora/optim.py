@@ -7,7 +7,7 @@ import optax
 
 from gemma_lora.errors import UserError, nearest
 
-# What follows the warmup: (peak, steps of decay) -> schedule. All end at 0 as Hugging Face's do.
+# What follows the warmup: (peak, steps of decay) -> schedule. They are Hugging Face's.
 SCHEDULES = {
     "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
     "cosine": lambda peak, steps: optax.cosine_decay_schedule(peak, steps),

@@ -182,7 +182,7 @@ def _time(
     for step in ahead.STEPS:
         if _refused(row[step]):
             return {}
-        at_once = ahead.rows_at_once(config, rows, step)
+        at_once = ahead.rows_at_once(config, rows)
         flops = row[step]["flops"] + _attention_flops(row[step], arch, mesh, at_once, length)
         row[step]["flops"], row[step]["sent_bytes"] = flops, sum(row[step]["sent"].values())
         bounds[step] = {

@@ -4,9 +4,12 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from gemma_lora.attention import chosen
 from gemma_lora.checkpoint import Checkpoints
 from gemma_lora.config import check, default
 from gemma_lora.data.dataset import Dataset
@@ -56,13 +59,12 @@ def reopen(workdir: pathlib.Path, which: str = "0") -> Run:
     [begun], _ = read_records(workdir / "run.json", (*FINGERPRINTS, "best_step"))
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
     wrap = LoRAConfig(**config.lora)
+    mesh = _mesh(config)
     try:
-        mesh = make_mesh(config.mesh)
+        chosen(config.attention, pretrained.arch, jnp.dtype(config.dtype), [1], mesh)
     except UserError as e:
-        say(f"   {e}: the default mesh is taken")
-        config.mesh = default().mesh
-        mesh = make_mesh(config.mesh)
-    check_rows(config.data.batch_size, mesh)
+        say(f"   {e}: 'auto' is taken")
+        config.attention = "auto"
     model = build_model(pretrained.arch, config, wrap, mesh)
     train_set, validation, *_ = load_data(config, pretrained.tokenizer(), pretrained.arch.vocab)
     if (found := train_set.fingerprint() + validation.fingerprint()) != begun["data_fingerprint"]:
@@ -72,6 +74,23 @@ def reopen(workdir: pathlib.Path, which: str = "0") -> Run:
             "anew"
         )
     return Run(config, pretrained, wrap, mesh, model, train_set, begun)
+
+
+def _mesh(config: ConfigDict) -> Mesh:
+    """The mesh of a run; on other devices than it had, one whose devices share its rows evenly."""
+    batch = config.data.batch_size, config.train.micro_batches
+    try:
+        mesh = make_mesh(config.mesh)
+        check_rows(batch[0], mesh, batch[1])
+        return mesh
+    except UserError as e:
+        if jax.process_count() > 1:  # each of which has to take part
+            raise
+        config.mesh = default().mesh
+        most = min(jax.device_count(), batch[0] // batch[1])
+        n = max(n for n in range(1, most + 1) if batch[0] // batch[1] % n == 0)
+        say(f"   {e}: the default mesh of {n} devices is taken")
+        return make_mesh(config.mesh, jax.devices()[:n])
 
 
 def _read_config(workdir: pathlib.Path) -> ConfigDict:

@@ -4,6 +4,7 @@
 respect to `lora` alone, so frozen weights have neither gradient nor optimizer state.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,16 @@ def forward(
     return token_stats(hidden, batch["targets"], table, model.arch.final_softcap, sweep, model.mesh)
 
 
+def cut(batch: Any, n: int) -> Any:
+    """[B,...] -> [n,B / n,...] of every array, strided: each part keeps rows of every device."""
+    return jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def joined(parts: Any) -> Any:
+    """The parts of `cut` together again."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
+
+
 def make_train_step(
     model: Transformer,
     tx: optax.GradientTransformation,
@@ -119,15 +130,10 @@ def make_train_step(
                 grads, sums = grad(state.lora, base, micro, jax.random.fold_in(rng, k))
                 return jax.tree.map(jnp.add, total, grads), sums
 
-            # Strided, so that each micro-batch keeps rows of every device.
-            cut = jax.tree.map(
-                lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch
-            )
             zero = jax.tree.map(jnp.zeros_like, state.lora)
-            grads, sums = jax.lax.scan(body, zero, (jnp.arange(micro_batches), cut))
-            # [micro_batches,B / micro_batches,C], strided, too.
-        token_nll = sums["token_nll"].swapaxes(0, 1)
-        sums["token_nll"] = token_nll.reshape(-1, token_nll.shape[-1])
+            parts = jnp.arange(micro_batches), cut(batch, micro_batches)
+            grads, sums = jax.lax.scan(body, zero, parts)
+        sums["token_nll"] = joined(sums["token_nll"])
         tokens = jnp.maximum(jnp.sum(sums["tokens"]), 1)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.lora)
@@ -139,14 +145,15 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: Transformer, sweep: Sweep, label_tokens: tuple[int, ...] = ()
+    model: Transformer, sweep: Sweep, label_tokens: tuple[int, ...] = (), micro_batches: int = 1
 ) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
     """step(lora, base, batch) -> nll, correct, margin, el2n [B,C], dropout off.
 
     With label_tokens also label_logits [B,C,len(label_tokens)], the logits of these tokens alone.
+    A micro-batch at a time, as in training: an evaluation needs no more memory than that.
     """
 
-    def step(lora, base, batch):
+    def measured(lora, base, batch):
         hidden = loss_hidden(model, base, lora, batch, None)
         table = head_weight(base, model.arch)
         stats = token_stats(
@@ -157,6 +164,12 @@ def make_eval_step(
             words = jnp.take(table, jnp.asarray(label_tokens), axis=0)
             out["label_logits"] = logits(hidden, words, model.arch, model.dtype)
         return out
+
+    def step(lora, base, batch):
+        if micro_batches == 1:
+            return measured(lora, base, batch)
+        parts = cut(batch, micro_batches)
+        return joined(jax.lax.map(functools.partial(measured, lora, base), parts))
 
     return step
 
@@ -177,5 +190,6 @@ def jit_eval_step(
     model: Transformer, config: Any, label_tokens: tuple[int, ...], mesh: Mesh
 ) -> Callable[..., Any]:
     """The evaluation step of a config, jitted; every process gets the values of all rows."""
-    step = make_eval_step(model, Sweep(**config.head), label_tokens)
+    sweep = Sweep(**config.head)
+    step = make_eval_step(model, sweep, label_tokens, config.train.micro_batches)
     return jax.jit(step, out_shardings=replicated(mesh))

@@ -15,7 +15,16 @@ from gemma_lora import ahead
 from gemma_lora import attention as module
 from gemma_lora import model as model_module
 from gemma_lora.arch import get_arch
-from gemma_lora.attention import attention, attention_mask, block, choose, chosen, reference, splash
+from gemma_lora.attention import (
+    BLOCK,
+    attention,
+    attention_mask,
+    block,
+    choose,
+    chosen,
+    reference,
+    splash,
+)
 from gemma_lora.errors import UserError
 from gemma_lora.lora import LoRAConfig
 from gemma_lora.loss import Sweep
@@ -188,7 +197,9 @@ def devices_of(platform, tensor=1, **kwargs):
 def test_the_implementation_is_chosen_by_platform():
     gemma, capped = get_arch("gemma_2b"), get_arch("gemma2_2b")
     tpu, cpu = devices_of("tpu"), devices_of("cpu")
-    hopper, ampere = (devices_of("gpu", compute_capability=c) for c in ("9.0", "8.0"))
+    hopper, ampere, blackwell = (
+        devices_of("gpu", compute_capability=c) for c in ("9.0", "8.0", "12.0")
+    )
     two = devices_of("gpu", tensor=2, compute_capability="9.0")
     half, single = jnp.bfloat16, jnp.float32
     assert choose("auto", gemma, half, 256, tpu) == ("splash", "")
@@ -200,11 +211,12 @@ def test_the_implementation_is_chosen_by_platform():
         (gemma, single, 256, hopper, "not cudnn: .* float32"),
         (capped, half, 256, hopper, "not cudnn: .* soft-cap"),
         (gemma, half, 256, ampere, "not cudnn: .* at most 128 .* 256"),
-        (gemma, half, 255, hopper, "not cudnn: .* even"),
+        (gemma, half, 256, blackwell, "not cudnn: .* at most 128 .* 256"),
+        (gemma, half, 127, hopper, "not cudnn: .* even"),
         (gemma, half, 256, two, "not cudnn: .* tensor=2 does not divide the 1 key heads"),
     ):
         how, said = choose("auto", arch, dtype, length, where)
-        assert how == "reference"
+        assert how == ("block" if length > BLOCK else "reference")
         with pytest.raises(UserError, match=why):
             raise UserError(said)
     for name, why in (("splsh", "splash"), ("splash", "TPU kernel.*cpu"), ("cudnn", "GPU.*cpu")):

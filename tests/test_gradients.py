@@ -82,6 +82,54 @@ def test_equals_each_example_alone_and_their_sum_the_batch():
     assert norm_of(after.opt_state.trace) == pytest.approx(float(sums["grad_norm"]), rel=1e-5)
 
 
+SHARDED = """
+import common, jax, numpy as np
+from gemma_lora import reopen
+from gemma_lora.config import default
+from gemma_lora.data.dataset import Dataset
+from gemma_lora.gradients import make_gradient_step
+from gemma_lora.lora import LoRAConfig
+from gemma_lora.loss import Sweep
+from gemma_lora.sharding import make_mesh, to_global, tree_shardings
+
+model, params = common.tiny_model("gemma3", LoRAConfig(4, 8.0, 0.0))
+lora = jax.device_get(common.random_adapter(model, params))
+some = common.examples([20, 7, 12, 9] * 4, [4, 1, 5, 2] * 4)
+data = Dataset(some, shapes={32: 24}, batch_size=16, pack=False, seed=0, shuffle=False)
+found = []
+for sizes in ((1, 1, 1), (2, 2, 2)):
+    n = int(np.prod(sizes))
+    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes)), jax.devices()[:n])
+    where = tree_shardings(model.abstract()["params"], mesh)
+    base = jax.device_put(jax.device_get(params), where)
+    step = make_gradient_step(model.clone(mesh=mesh), Sweep(64), 32, 0, 4)
+    batch = to_global(data.batch_at(0).arrays, mesh)
+    found.append(jax.device_get(jax.jit(step)(lora, base, batch)))
+for one, eight in zip(*found):
+    assert np.all(one[:, None] if one.ndim < 2 else one.any(1))
+    assert np.allclose(one, eight, rtol=1e-4, atol=1e-5 * np.abs(one).max())
+
+# On other devices than the run had, as many are taken as share its rows.
+reopen.say = lambda line: None
+for changes, expected in (
+    ({"data.batch_size": 8}, 8),
+    ({"data.batch_size": 6}, 6),
+    ({"data.batch_size": 8, "train.micro_batches": 4}, 2),
+    ({"data.batch_size": 16, "mesh.fsdp": 16}, 8),
+    ({"data.batch_size": 16, "mesh.tensor": 2}, 8),
+):
+    c = default()
+    c.update_from_flattened_dict(changes)
+    assert reopen._mesh(c).size == expected, changes
+print("equal")
+"""
+
+
+def test_eight_devices_and_one():
+    """Their gradients are the same; and what a run is opened again on."""
+    common.on_eight_devices(SHARDED)
+
+
 def test_projection_adds_each_element_to_one_sum():
     """Linear, by a matrix with one 1 or -1 a column, about as many in every row."""
     like = {"a": jnp.zeros((3, 40)), "b": jnp.zeros(80)}

@@ -114,6 +114,23 @@ def test_packed_equals_unpacked(name):
         assert np.allclose(rows[False][column], rows[True][column], rtol=1e-4, atol=1e-5), column
 
 
+def test_an_evaluation_takes_a_micro_batch_at_a_time():
+    model, params = common.tiny_model(NAME, LoRAConfig(4, 8.0, 0.5))
+    tokens = tiny.tokens(0, rows=8)
+    batch = common.batch_of(tokens, tiny.loss_mask(tokens.shape), 24)
+    found = []
+    for micro_batches in (1, 4):
+        step = jax.jit(make_eval_step(model, Sweep(64), (5, 7), micro_batches))
+        compiled = step.lower(common.adapter(NAME), params, batch).compile()
+        values = compiled(common.adapter(NAME), params, batch)
+        found.append((values, compiled.memory_analysis().temp_size_in_bytes))
+    (whole, much), (cut, little) = found
+    assert little < 0.5 * much
+    assert cut["label_logits"].shape == (8, 24, 2)
+    for name, x in whole.items():
+        assert np.allclose(x, cut[name], rtol=1e-4, atol=1e-5), name
+
+
 def test_bfloat16_stays_near_float32():
     model, params = common.tiny_model(NAME)
     half, _ = common.tiny_model(NAME, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
