@@ -11,7 +11,7 @@ import pathlib
 
 import numpy as np
 
-from gemma_lora.errors import UserError
+from gemma_lora.errors import UserError, extra
 from gemma_lora.evaluate import column_names, read_table
 
 
@@ -38,9 +38,7 @@ def find(label: np.ndarray, p: np.ndarray) -> Issues:
     where a label has no example.
     """
     if not importlib.util.find_spec("cleanlab"):
-        raise UserError(
-            "confident learning takes cleanlab, of the extra 'clean': pip install cleanlab"
-        )
+        raise UserError(f"confident learning takes cleanlab; run: {extra('clean')}")
     from cleanlab import count  # takes seconds, with pandas and scikit-learn
 
     known = (label >= 0) & np.isfinite(p).all(1)

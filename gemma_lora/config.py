@@ -242,6 +242,7 @@ def _help() -> NoReturn:
     print(f"  --{CONFIG.name:<38} {flags.FLAGS[CONFIG.name].help}")
     for key, value in flat(to_dict(default())).items():
         print(f"  --config.{key:<31} {value!r}")
+    print("\nwhat each key means: gemma_lora/config.py; several hosts: gemma_lora/distributed.py")
     raise SystemExit(0)
 
 

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read, and the helper that names near valid choices."""
+"""The one exception a user is meant to read, and what its messages name: choices, a command."""
 
 import difflib
 import errno
@@ -12,6 +12,11 @@ class UserError(ValueError):
 
     Entry points print it as one line, without a traceback, and exit with status 2.
     """
+
+
+def extra(name: str) -> str:
+    """The command that installs an extra, in the versions that were tested."""
+    return f"pip install -c constraints.txt -e '.[{name}]'"
 
 
 def nearest(got: str, valid: Iterable[str]) -> str:

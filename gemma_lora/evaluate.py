@@ -321,7 +321,7 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
 
 def main() -> None:
     # Defined here: train imports this module and must not take these flags.
-    flags.DEFINE_string("adapter", None, "A PEFT adapter directory; the base model without.")
+    flags.DEFINE_string("adapter", None, "A PEFT adapter directory; without it, the base model.")
     flags.DEFINE_string("out", None, "Directory that takes the ledger.")
     config = parse_flags(("config", "out"))
     adapter = flags.FLAGS.adapter

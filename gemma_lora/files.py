@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from gemma_lora.errors import UserError
+from gemma_lora.errors import UserError, extra
 
 _URL = re.compile(r"[a-z0-9]+://|(gs|s3|https?|file):/")  # or one that lacks a slash
 
@@ -32,7 +32,7 @@ def path_of(text: str) -> pathlib.Path | epath.Path:
     if not text.startswith("gs://"):
         raise UserError(f"{text}: expected a local path, or gs://bucket/...")
     if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"{text}: Google Cloud Storage needs the extra gs, pip install '.[gs]'")
+        raise UserError(f"{text}: Google Cloud Storage needs gcsfs; run: {extra('gs')}")
     path = epath.Path(text)
     try:
         path.exists()

@@ -169,8 +169,8 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         if old.keys() != notes.keys():
             differ = ", ".join(sorted(old.keys() ^ notes.keys()))
             raise UserError(
-                f"the checkpoints in {workdir} are of another version of gemma_lora: not both have "
-                f"{differ}; give another --workdir"
+                f"the checkpoints in {workdir} are of another version of gemma_lora: one of both "
+                f"lacks {differ}; give another --workdir"
             )
         for what in ("data", "weights"):
             if old[what] != notes[what]:

@@ -84,10 +84,15 @@ need() {
 archive=${TMPDIR:-/tmp}/gemma_lora-$(id -un).tar.gz
 
 # The committed files of this tree, in $archive.
-pack() { call git archive --format=tar.gz --output="$archive" HEAD; }
+pack() {
+  if [ -n "$(git status --porcelain)" ]; then
+    echo "note: what is not committed is not copied (git status lists it)" >&2
+  fi
+  call git archive --format=tar.gz --output="$archive" HEAD
+}
 
 # How a host unpacks what `pack` made and was copied to its home, and installs it.
 unpacked() { # DIRECTORY EXTRA
   echo "mkdir -p $(quoted "$1") && tar -xzf gemma_lora.tar.gz -C $(quoted "$1") &&" \
-    "cd $(quoted "$1") && bash launch/setup.sh .venv $2"
+    "cd $(quoted "$1") && bash launch/setup.sh .venv $(quoted "$2")"
 }

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # A run on GPUs: of this machine, of several over ssh, or as a Slurm job.
 #   bash launch/gpu.sh VERB [--dry-run] ...
-#   install [--hosts A,B,...] [--dir DIR]      copy the committed files to the hosts and install them
+#   install [--hosts A,B,...] [--dir DIR] [--extras gpu,gs]    copy the committed files to the hosts
+#           and install them with those extras
 #   run     [--hosts A,B,...] [--dir DIR] [--port 8476] -- --config C --workdir DIR ...
 #           start gemma_lora.train on all hosts and show what it prints; process 0 is on the first,
 #           which the others reach by its name. Ctrl-C stops it at a step that is saved.
-#   slurm   --nodes N --gpus G [--partition P] [--time T] -- --config C --workdir DIR ...
-#           one task a GPU; at the end of the time it stops at a step that is saved
+#   slurm   --nodes N --gpus G [--cpus C] [--partition P] [--time T] -- --config C --workdir DIR ...
+#           one task a GPU, of C processors; at the end of the time it stops at a step that is saved.
+#           What else a site asks for Slurm takes from SBATCH_ACCOUNT, SBATCH_MEM_PER_NODE, ...
 # Without --hosts it is this machine and this directory; else DIR (gemma_lora) in each home. On
 # several hosts the workdir must be on a file system that all of them share. The same command
 # continues a run. --dry-run prints the commands instead.
@@ -14,8 +16,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 verbs="install run slurm"
 switches="dry-run"
-flags="hosts dir port nodes gpus partition time"
-dry_run="" hosts="" dir=gemma_lora port=8476 nodes="" gpus="" partition="" time=""
+flags="hosts dir port extras nodes gpus cpus partition time"
+dry_run="" hosts="" dir=gemma_lora port=8476 extras=gpu,gs nodes="" gpus="" cpus="" partition="" time=""
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
@@ -26,8 +28,8 @@ case $verb in
   *) [ $# -gt 0 ] || die "$verb needs the training's flags after --, such as -- --config C --workdir DIR" ;;
 esac
 case $verb in slurm) need nodes gpus ;; esac
-for number in "$port" "${nodes:-1}" "${gpus:-1}"; do
-  case $number in 0* | *[!0-9]*) die "'$number' is no positive number (--port, --nodes, --gpus)" ;; esac
+for number in "$port" "${nodes:-1}" "${gpus:-1}" "${cpus:-1}"; do
+  case $number in 0* | *[!0-9]*) die "'$number' is no positive number (--port, --nodes, --gpus, --cpus)" ;; esac
 done
 IFS=, read -ra host <<<"$hosts"
 for one in ${host[@]+"${host[@]}"}; do
@@ -37,13 +39,13 @@ train=(.venv/bin/python -m gemma_lora.train)
 
 install() {
   if [ -z "$hosts" ]; then
-    call bash launch/setup.sh .venv gpu,gs
+    call bash launch/setup.sh .venv "$extras"
     return
   fi
   pack
   for one in "${host[@]}"; do
     call scp "$archive" "$one:gemma_lora.tar.gz"
-    call ssh "$one" "$(unpacked "$dir" gpu,gs)"
+    call ssh "$one" "$(unpacked "$dir" "$extras")"
   done
 }
 
@@ -83,9 +85,10 @@ stop() {
 slurm() {
   local flags=(--nodes="$nodes" --ntasks-per-node="$gpus" --gres="gpu:$gpus" --requeue
     --open-mode=append --signal=TERM@120 --job-name=gemma_lora --output=gemma_lora-%j.log)
+  if [ -n "$cpus" ]; then flags+=(--cpus-per-task="$cpus"); fi # which srun does not take from there
   if [ -n "$partition" ]; then flags+=(--partition="$partition"); fi
   if [ -n "$time" ]; then flags+=(--time="$time"); fi
-  call sbatch "${flags[@]}" --wrap="exec srun --kill-on-bad-exit=1 $(quoted "${train[@]}" --coordinator auto "$@")"
+  call sbatch "${flags[@]}" --wrap="exec srun --kill-on-bad-exit=1${cpus:+ --cpus-per-task=$cpus} $(quoted "${train[@]}" --coordinator auto "$@")"
 }
 
 "$verb" "$@"

@@ -4,6 +4,7 @@
 # PYTHON=/path/to/python picks the interpreter, PYTHON_VERSIONS="3.11" limits the search.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ $# -eq 2 ] || { echo "usage: launch/setup.sh VENV EXTRAS, such as launch/setup.sh .venv demo" >&2; exit 2; }
 venv=$1 extras=$2
 
 works() { "$1" -c 'import sys, venv, ensurepip; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null; }

@@ -2,8 +2,8 @@
 # A run on a Cloud TPU slice of one or many hosts.
 #   bash launch/tpu_vm.sh VERB --name NAME --zone ZONE [--project P] [--dry-run] ...
 #   create  --type v5litepod-16 --runtime v2-alpha-tpuv5-lite [--spot]   ask for it, wait for it
-#   install [--nfs IP:/SHARE]        copy the committed files to every host and install them;
-#                                    mount the share at ~/share
+#   install [--nfs IP:/SHARE] [--extras tpu,gs]    copy the committed files to every host and install
+#                                    them with those extras; mount the share at ~/share
 #   run     -- --config C --workdir DIR ...    start gemma_lora.train on every host
 #   logs    [--worker I]             follow what it prints, until it ends; exits as it did
 #   stop    let the run save, and end; the same arguments continue it
@@ -17,8 +17,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 verbs="create install run logs stop resume delete"
 switches="dry-run spot"
-flags="name zone project type runtime nfs worker"
-dry_run="" name="" zone="" project="" type="" runtime="" spot="" nfs="" worker=0
+flags="name zone project type runtime nfs worker extras"
+dry_run="" name="" zone="" project="" type="" runtime="" spot="" nfs="" worker=0 extras=tpu,gs
 # shellcheck source=launch/common.sh
 . launch/common.sh
 
@@ -83,15 +83,22 @@ await_active() {
   done
 }
 
+# How a host gets a package of Debian's. A new one upgrades itself meanwhile, and locks them.
+packages() {
+  local get="sudo apt-get -qq -o DPkg::Lock::Timeout=600"
+  echo "$get update && $get install -y $1"
+}
+
 install() {
   pack
   call gcloud compute tpus tpu-vm scp "$archive" "$name:gemma_lora.tar.gz" "${where[@]}" \
     --worker=all
   # The images hold Python 3.10.
-  local python="command -v python3.13 python3.12 python3.11 >/dev/null || { sudo apt-get -qq update && sudo apt-get -qq install -y python3.11-venv; }"
-  on all "{ $python; } && $(unpacked gemma_lora tpu,gs)"
+  local python
+  python="command -v python3.13 python3.12 python3.11 >/dev/null || { $(packages python3.11-venv); }"
+  on all "{ $python; } && $(unpacked gemma_lora "$extras")"
   if [ -n "$nfs" ]; then
-    on all "sudo apt-get -qq install -y nfs-common && mkdir -p share && { mountpoint -q share || sudo mount -t nfs $(quoted "$nfs") share; }"
+    on all "$(packages nfs-common) && mkdir -p share && { mountpoint -q share || sudo mount -t nfs $(quoted "$nfs") share; }"
   fi
 }
 
@@ -125,14 +132,19 @@ stop() {
 resume() {
   local now
   now=$(state) || die "gcloud does not tell the state of the slice $name"
-  if [ -n "$dry_run" ]; then echo "$now"; fi
+  if [ -n "$dry_run" ]; then
+    echo "$now"
+    echo "# of a slice that was preempted:"
+    now=SUSPENDED
+  fi
   case $now in
     # An earlier start may have ended before all was installed, or a host may have been restarted.
     ACTIVE) idle; install ;;
     NONE) create; install ;;
     # Still in the queue: to ask anew would lose the place.
     ACCEPTED | PROVISIONING | CREATING | WAITING_FOR_RESOURCES) await_active; install ;;
-    *) delete; create; install ;;
+    FAILED | SUSPENDED | SUSPENDING) delete; create; install ;;
+    *) die "the slice $name is '$now', expected one that is there, waits or was preempted; wait, or delete it" ;;
   esac
   run "$@"
 }

@@ -1,4 +1,4 @@
-"""The table of models against their published config.json files, and the house's one direction."""
+"""The table of models against their published config.json files; imports go one way."""
 
 import ast
 import dataclasses
@@ -208,7 +208,7 @@ def test_unknown_arch_names_the_nearest():
 
 
 # Imports point up this list: a module imports nothing that stands below it.
-HOUSE = [
+ORDER = [
     "errors",
     "files",
     "distributed",
@@ -286,8 +286,8 @@ def test_imports_point_one_way():
         for p in PACKAGE.rglob("*.py")
         if p.name != "__init__.py"
     }
-    assert modules == set(HOUSE)
-    for module in HOUSE:
+    assert modules == set(ORDER)
+    for module in ORDER:
         tree = ast.parse((PACKAGE / (module.replace(".", "/") + ".py")).read_text())
         for node in ast.walk(tree):
             names = []
@@ -300,8 +300,8 @@ def test_imports_point_one_way():
                     for a in node.names
                     if a.name.startswith("gemma_lora.")
                 ]
-            for name in (n for n in names if n in HOUSE):
-                assert HOUSE.index(name) < HOUSE.index(module), f"{module} imports {name}"
+            for name in (n for n in names if n in ORDER):
+                assert ORDER.index(name) < ORDER.index(module), f"{module} imports {name}"
 
 
 def test_the_maths_knows_no_model_by_name():

@@ -72,7 +72,7 @@ def beside(bucket, monkeypatch, tmp_path) -> Path:
 
 def test_paths(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="gs://b/r: Google Cloud Storage needs the extra gs"):
+    with pytest.raises(UserError, match="gs://b/r: Google Cloud Storage needs gcsfs"):
         path_of("gs://b/r")
     for text in ("s3://b/r", "gs:/b/r"):
         with pytest.raises(UserError, match=f"{text}: expected a local path, or gs://bucket/"):

@@ -14,6 +14,7 @@ from loading import load, load_dir, message, same
 from tiny import write_tiny
 
 from gemma_lora.arch import ARCHS, Arch
+from gemma_lora.errors import extra
 from gemma_lora.weights import hub
 from gemma_lora.weights.pretrained import open_weights
 
@@ -111,7 +112,7 @@ HANDLE = "google/gemma/flax/2b"
 def test_kaggle_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "kagglehub", None)
     text = message(open_weights, f"kaggle:{HANDLE}", "auto")
-    assert text.endswith("run: pip install '.[kaggle]'")
+    assert text.endswith(f"run: {extra('kaggle')}")
 
 
 def test_a_model_of_kaggle(monkeypatch, tmp_path):

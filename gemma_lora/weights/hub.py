@@ -2,7 +2,7 @@
 
 import pathlib
 
-from gemma_lora.errors import UserError
+from gemma_lora.errors import UserError, extra
 
 # Weights, config and tokenizer in the forms that this package reads; nothing else is fetched.
 HF_FILES = ("*.safetensors", "*.json", "tokenizer.*", "*.jinja", "*.model", "merges.txt")
@@ -55,7 +55,7 @@ def kaggle(name: str, asked: str = "") -> pathlib.Path:
         import kagglehub
     except ImportError:
         raise UserError(
-            "weights from Kaggle need the kagglehub package; run: pip install '.[kaggle]'"
+            f"weights from Kaggle need the kagglehub package; run: {extra('kaggle')}"
         ) from None
     asked = asked or f"kaggle:{name}"
     if len(name.split("/")) not in (4, 5):

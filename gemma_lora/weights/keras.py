@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gemma_lora.errors import UserError, nearest
+from gemma_lora.errors import UserError, extra, nearest
 from gemma_lora.weights import hub
 
 # The library's classes that we have the maths of -> (the form of their variables in mapping.FORMS,
@@ -63,7 +63,7 @@ _IMPLIED: dict[str, dict[str, Any]] = {
 def _library() -> ModuleType:
     """keras_nlp on the JAX backend; keras takes its backend once, when it is first imported."""
     if importlib.util.find_spec("keras_nlp") is None:
-        raise UserError("a Keras preset needs keras-nlp; run: pip install '.[keras]'")
+        raise UserError(f"a Keras preset needs keras-nlp; run: {extra('keras')}")
     if "keras" not in sys.modules:
         os.environ["KERAS_BACKEND"] = "jax"
     import keras

@@ -1,7 +1,7 @@
 """A worker of speed.py: PEFT on transformers, in the form that a job describes.
 
-The forms are all honest ones: the work is the whole of it, dropout on in training. Needs the extra
-`parity`. Gemma 3 270M comes from its packaged GGUF file, as transformers reads it.
+The forms are all honest ones: the work is the whole of it, dropout on in training. Needs the extras
+`demo,parity`. Gemma 3 270M comes from its packaged GGUF file, as transformers reads it.
 """
 
 import contextlib

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/speed.py DIRECTORY --data gsm8k/train.jsonl [--peft-python PYTHON]
 
-DIRECTORY takes the jobs and results.json. PYTHON is an interpreter with the extra
-`parity` (this one, unless given). GSM8K's rows: objects with question and answer, one a line.
+DIRECTORY takes the jobs and results.json. PYTHON is an interpreter with the extras
+`demo,parity` (this one, unless given). GSM8K's rows: objects with question and answer, one a line.
 
 Every competitor is a process of its own, so that its peak memory is its own; they work one after
 the other, round after round, and the figures are medians over the rounds. Cases:
