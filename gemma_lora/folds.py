@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from gemma_lora import distributed, evaluate
 from gemma_lora.compiled import keep_compiled
 from gemma_lora.data.dataset import Dataset
+from gemma_lora.data.examples import plain
 from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError
 from gemma_lora.evaluate import completion_part
@@ -38,8 +39,7 @@ COLUMNS = ("id", "fold_loss", "fold_label", "label_p")
 def fold_of(text: str, folds: int, seed: int) -> int:
     """The fold of an example, from a hash of (seed, text): rows may come in any order, and no copy
     of a row, but for white space and case, trains the model that scores it."""
-    plain = " ".join(text.lower().split())
-    digest = hashlib.sha256(f"fold/{seed}/{plain}".encode()).digest()
+    digest = hashlib.sha256(f"fold/{seed}/{plain(text)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % folds
 
 

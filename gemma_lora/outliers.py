@@ -31,9 +31,9 @@ RUNNING = 101  # examples that a running median is over
 
 # Every score is larger where an example is more suspicious; base_loss and variability are weak
 # evidence alone (what is always easy varies as little as what is never learnt). Means over evals
-# are over those after step 0; what is of one eval says which. All are of the completion alone,
-# losses in nats a token, but correctness and forgetting: of all tokens that carry loss, with the
-# prompt's or not.
+# are over those after step 0; what is of one eval says which. All are of the completion alone (of
+# what is there where a row was cut before it: a rule names those), losses in nats a token, but
+# correctness and forgetting: of all tokens that carry loss, with the prompt's or not.
 SCORES = {
     "base_loss": "loss under the base model",
     "loss": "loss at the last eval",

@@ -290,8 +290,17 @@ def test_a_split_of_one_file(tmp_path, tokenizer):
     assert counts == {
         "train": 36, "validation": 4, "train_probe": 4, "truncated": 0, "dropped": 0,
         "excluded": 0,
+        "copies": 0,
     }  # fmt: skip
     assert not ids(train) & ids(validation) and len(ids(train) | ids(validation)) == 40
+    path = tmp_path / "copies.jsonl"
+    path.write_text("".join((tmp_path / "all.jsonl").read_text().replace("a", x) for x in "aB"))
+    text = path.read_text().replace('"prompt": "B', '"prompt": "A')  # but for its case, and the id
+    path.write_text(text)
+    _, validation, _, counts = load_data(settings(path=str(path)), tokenizer, 128)
+    other = {"a": "B", "B": "a"}
+    alone = {i for i in ids(validation) if other[i[0]] + i[1:] not in ids(validation)}
+    assert counts["copies"] == len(alone) > 4
     assert ids(probe) < ids(train) and len(ids(probe)) == 4
     assert train.shapes == validation.shapes == probe.shapes
     shapes = {k: v.shape for k, v in train.batch_at(0).arrays.items()}

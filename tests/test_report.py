@@ -13,6 +13,7 @@ from report_run import STEPS, N, make, put_eval, table
 
 from gemma_lora import evaluate, report, stats
 from gemma_lora.errors import UserError
+from gemma_lora.report.sections import show
 
 LOSS = ("start", "best", "last", "decrease_pct", "interval")
 PATHS = [
@@ -44,7 +45,8 @@ def test_losses_and_decreases_are_exact(tmp_path):
     assert (val["decrease_pct"], probe["decrease_pct"]) == pytest.approx((50.0, 60.0))
     assert r["evals"] == {"steps": [0, 20, 40], "start": 0, "best": 20, "last": 40}
     assert val["conclusion"] == "fell beyond its 95 % interval"
-    of = "best - start, nats per token, 95 % paired bootstrap over examples"
+    of = "best - start, nats per token, 95 % paired bootstrap over examples, "
+    of += "the best eval taken as given"
     assert val["interval_of"] == of
     gap = r["generalisation_gap"]
     assert [gap[k] for k in ("start", "best", "last")] == pytest.approx([0.0, 0.2, 1.0])
@@ -171,6 +173,7 @@ EARLY = [(1.0, 1e-4)] * 30  # half of the planned steps at the full rate
         (FLAT, False, "no sign of convergence"),
         ({**FALLING, "train": []}, False, "train lines"),
         ({**FALLING, "train": EARLY, "status": "nan"}, False, "finite"),
+        ({**FALLING, "train": EARLY, "status": "interrupted"}, False, "came to its end"),
         ({"losses": (2.0,), "probe": (2.0,), "train": EARLY}, False, "two evals"),
         # An eval just before the last is not what that is compared with.
         ({**CLOSE, "train": EARLY}, True, "fell .* from step 0 to 21"),
@@ -232,6 +235,47 @@ def test_run_that_never_beat_the_base_model(tmp_path):
     assert r["validation"]["loss"]["conclusion"].startswith("no eval of train.eval_every had")
 
 
+def test_harm_at_the_end_is_said(tmp_path):
+    r = report.build(make(tmp_path, losses=(1.0, 0.9, 1.8), probe=(1.0, 0.9, 0.5)))
+    assert r["validation"]["loss"]["last_conclusion"] == "rose beyond its 95 % interval"
+    low, high = r["validation"]["loss"]["last_interval"]
+    assert 0 < low < 0.8 < high
+    lead = report.markdown(r).partition("## Overview")[0]
+    assert "At the last eval, 1.8000, it **rose beyond its 95 % interval**." in lead
+
+
+@pytest.mark.parametrize(("n", "concludes"), [(2, False), (5, False), (6, True)])
+def test_a_handful_of_examples_is_no_evidence(tmp_path, n, concludes):
+    loss = report.build(make(tmp_path, losses=(9.0, 1.0), probe=(9.0, 1.0), n=n))
+    assert any(f"There are {n} validation examples" in x for x in loss["notes"])
+    said = loss["validation"]["loss"]["conclusion"]
+    assert said == (
+        "fell beyond its 95 % interval"
+        if concludes
+        else f"no conclusion from {n} examples: it takes 6"
+    )
+
+
+def test_copies_of_training_texts_are_in_the_notes(tmp_path):
+    r = report.build(make(tmp_path, examples={"train": 9, "validation": N, "copies": 3}))
+    assert any(x.startswith("3 validation examples have the text of a") for x in r["notes"])
+
+
+def test_the_best_eval_must_be_there(tmp_path):
+    make(tmp_path)
+    (tmp_path / "ledger" / "eval_000020.parquet").unlink()
+    with pytest.raises(UserError, match=r"eval_000020.parquet is missing: it is the best eval"):
+        report.build(tmp_path)
+
+
+def test_numbers_for_people():
+    for x, shown in (
+        (0.12345, "0.1235"), (1234, "1,234"), (3e-6, "3e-06"), (-2e-5, "-2e-05"), (0.0, "0.0000"),
+        ([0.1, 1250], "[0.1000, 1250]"), ([-0.02, None], "[-0.0200, n/a]"), (None, "n/a"),
+    ):  # fmt: skip
+        assert show(x) == shown
+
+
 def test_not_finite_numbers_become_null(tmp_path):
     nan = {"steps": [21, 21], "ids": ["a", "b"]}
     train = [(1.0, 1e-4)] * 20 + [(None, 1e-4)] * 5
@@ -270,6 +314,7 @@ def test_class_accuracy(tmp_path):
     (workdir / "config.json").write_text(json.dumps(c))
     found = report.build(workdir)["validation"]["class_accuracy"]
     assert (found["start"], found["best"], found["gained"], found["lost"]) == (0.4, 0.75, 12, 5)
+    assert found["most_frequent"] == 0.35
     # McNemar: 5 or fewer, or 12 or more, of 17 fair coins.
     p = 2 * sum(math.comb(17, i) for i in range(6)) / 2**17
     assert found["p"] == pytest.approx(p) and p > 0.05

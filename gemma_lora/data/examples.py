@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,7 +116,10 @@ def _measure(
     sample = next((row for row, r in zip(rows, rendered, strict=True) if r.label >= 0), None)
     label_tokens = () if sample is None else _label_tokens(sample, render, tokenizer, labels)
     facts, kept = np.zeros((len(rows), len(_FACTS)), np.int32), [np.zeros(0, np.int32)]
-    encodings = tokenizer.encode_batch([r.text for r in rendered])
+    encodings = itertools.chain.from_iterable(  # each is a hundred bytes a token
+        tokenizer.encode_batch([r.text for r in rendered[i : i + _AT_ONCE]])
+        for i in range(0, len(rendered), _AT_ONCE)
+    )
     for i, (row, r, encoding) in enumerate(zip(rows, rendered, encodings, strict=True)):
         ids, offsets, label = list(encoding.ids), encoding.offsets, r.label
         answer = _first_token(offsets, r.completion)
@@ -152,6 +156,7 @@ def _measure(
     }
 
 
+_AT_ONCE = 4096  # texts
 _FACTS = ("length", "loss_from", "answer", "label", "truncated")
 
 
@@ -237,6 +242,11 @@ def check_vocabulary(examples: list[Example], vocab: int) -> None:
                 f"example {e.id} holds token {e.tokens.max()}, but the model has {vocab} words: "
                 "is the tokenizer that of the model?"
             )
+
+
+def plain(text: str) -> str:
+    """What copies of a text have in common: all but white space and case."""
+    return " ".join(text.lower().split())
 
 
 def subset(examples: list[Example], size: int, seed: int) -> list[Example]:

@@ -10,6 +10,7 @@ from gemma_lora.data.examples import (
     Example,
     Tokenized,
     check_vocabulary,
+    plain,
     split,
     subset,
     tokenize,
@@ -101,6 +102,7 @@ def load_data(
         dataset(part, config, rows, label_tokens, shuffle=part is train_part)
         for part in (train_part, validation_part, probe_part)
     )
+    texts = {plain(e.text) for e in train_part}
     counts = {
         "train": len(train_part),
         "validation": len(validation_part),
@@ -108,6 +110,7 @@ def load_data(
         "truncated": sum(len(f.truncated) for f in found),
         "dropped": sum(len(f.dropped) for f in found),
         "excluded": left_out,
+        "copies": sum(plain(e.text) in texts for e in validation_part),
     }
     return *sets, counts
 
@@ -174,6 +177,11 @@ def describe(
         facts["truncated"] = (
             f"{counts['truncated']} examples are longer: cut at the end, those with a label in "
             "their longest field"
+        )
+    if counts["copies"]:
+        facts["copies"] = (
+            f"{counts['copies']} validation examples have the text of a training example: their "
+            "loss is not that of new ones"
         )
     if counts["excluded"]:
         facts["excluded"] = f"{counts['excluded']} training examples, by {data.exclude}"

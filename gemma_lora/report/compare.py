@@ -14,7 +14,7 @@ SEED = 2  # not those of the run's own splits
 
 def best_of(w: Workdir) -> Eval:
     """The eval whose adapter was kept; the one of step 0 where none was finite in all sets."""
-    return next((e for e in w.evals if e.step == w.run["best_step"]), w.evals[0])
+    return next(e for e in w.evals if e.step == (w.run["best_step"] or 0))
 
 
 def compared(here: Workdir, there: Workdir) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from gemma_lora.report import compare, training
 from gemma_lora.report.reading import MODEL, SPLITS, Eval, Workdir, read
 from gemma_lora.report.tokens import detailed, format_columns
 from gemma_lora.stats import (
+    FEW,
     interval,
     intervals,
     mcnemar,
@@ -32,7 +33,8 @@ from gemma_lora.stats import (
 )
 
 OUTLIERS = 10  # how many examples are shown
-INTERVAL_OF = "best - start, {}, 95 % paired bootstrap over examples"
+LEAST = 6  # examples for a conclusion: of five that all change alike a sign test's p is 0.06
+INTERVAL_OF = "best - start, {}, 95 % paired bootstrap over examples, the best eval taken as given"
 POINTS = ("start", "best", "last")
 KINDS = ("format", "content")
 
@@ -177,18 +179,26 @@ def _change(
         out["decrease_pct"] = 100 * change / out["start"] if out["start"] else None
         share = 100 * (start - best) / start if out["start"] else start * math.nan
         out["decrease_pct_interval"] = interval(share)
-    conclusion = _nothing_to_compare(w)
-    if conclusion is None:
-        if found is None:
-            conclusion = "no interval: it takes two examples and finite losses"
-        elif found[0] <= 0 <= found[1]:
-            conclusion = "no change that this set can show"
-        else:
-            conclusion = f"{'fell' if found[1] < 0 else 'rose'} beyond its 95 % interval"
+        # The adapter at the end, which need not be the best: does training on do harm?
+        last = interval(draws[:, at["last"]] - start)
+        out |= {"last_interval": last, "last_conclusion": _conclusion(last, w, split)}
+    conclusion = _nothing_to_compare(w) or _conclusion(found, w, split)
     of = "nats per token" if column == "nll" else "share of tokens"
     return out | {
         "interval": found, "interval_of": INTERVAL_OF.format(of), "conclusion": conclusion
     }  # fmt: skip
+
+
+def _conclusion(found: list[float] | None, w: Workdir, split: str) -> str:
+    """What the interval of a change allows to say."""
+    n = len(w.evals[0].rows[split]["id"])
+    if found is None:
+        return "no interval: it takes two examples and finite losses"
+    if n < LEAST:
+        return f"no conclusion from {n} examples: it takes {LEAST}"
+    if found[0] <= 0 <= found[1]:
+        return "no change that this set can show"
+    return f"{'fell' if found[1] < 0 else 'rose'} beyond its 95 % interval"
 
 
 def _notes(w: Workdir) -> list[str]:
@@ -219,6 +229,16 @@ def _notes(w: Workdir) -> list[str]:
         found.append(
             "No eval had finite losses in all sets: there is no best one and no adapter; where "
             "this report says best, it shows step 0."
+        )
+    if (n := len(evals[0].rows["validation"]["id"])) < FEW:
+        found.append(
+            f"There are {n} validation examples: with fewer than about {FEW} the intervals are too "
+            "narrow."
+        )
+    if copies := run["examples"].get("copies"):
+        found.append(
+            f"{copies} validation examples have the text of a training example: their loss is not "
+            "that of new ones."
         )
     for e in evals:
         if bad := e.not_finite():
@@ -275,15 +295,19 @@ def _more_epochs(w: Workdir, draws: np.ndarray) -> dict[str, Any]:
     share = float(rates[-1] / rates.max()) if rates.size and rates.max() > 0 else math.nan
     ended = w.run["steps_planned"] in w.train["step"]
     ended = (ended and w.config["optim"]["schedule"] != "constant") or share <= 0.01
-    judged = before is not after and math.isfinite(share) and w.run["status"] != "nan"
-    fell = found is not None and found[1] < 0
+    whole = w.run["status"] in ("finished", "stopped early")
+    judged = before is not after and math.isfinite(share) and found is not None and whole
+    fell = judged and found[1] < 0
     lowest = min(reversed(w.evals), key=lambda e: e.mean("validation", "nll"))
     change = "fell" if fell else "did not fall"
     because = (
         f"the validation loss {change} beyond its interval from step {before.step} to {after.step}"
     )
     if not judged:
-        because = "it takes two evals, train lines and a run that stayed finite to judge"
+        because = (
+            "to judge takes two evals of two examples, train lines and a run that stayed finite "
+            "and came to its end"
+        )
     elif fell and lowest is not after:
         because += f", but it was lowest at step {lowest.step}"
     elif ended and fell:
@@ -369,6 +393,7 @@ def _classes(
         "p": chance,
         "conclusion": nothing
         or (f"{change}, p < 0.05" if chance < 0.05 else "no change that this set can show"),
+        "most_frequent": np.bincount(label).max() / len(label),
         "confusion": confusion.tolist(),
         "reliability": reliability,
         "overconfidence": {"value": float(sure.mean() - best.mean()), "interval": over},

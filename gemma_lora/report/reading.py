@@ -90,6 +90,9 @@ def read(workdir: pathlib.Path) -> Workdir:
     ledger = workdir / "ledger"
     first = _eval(0, ledger / "eval_000000.parquet", None)
     evals = [_eval(step, p, first) for step, p in ledger_files(workdir, "eval").items()]
+    if run["best_step"] not in (None, *(e.step for e in evals)):
+        path = ledger / f"eval_{run['best_step']:06d}.parquet"
+        raise UserError(f"{path} is missing: it is the best eval by run.json")
     path = ledger / "examples.parquet"
     names = ("id", "split", "text", "completion", "length", "prompt_targets")
     examples: dict[str, dict[str, Any]] = {s: {} for s in (*SPLITS, "train")}

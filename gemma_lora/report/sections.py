@@ -48,12 +48,14 @@ Block = str | list[str] | Table | Plot | Example
 
 
 def show(x: Any) -> str:
-    """A value for people: 0.1235, 1,234, [0.1000, 0.2000], yes, n/a."""
-    if isinstance(x, list):
-        return f"[{', '.join(map(show, x))}]"
+    """A value for people: 0.1235, 1.2e-05, 1,234, [0.1000, 1234], yes, n/a."""
+    if isinstance(x, list):  # whose commas part its items alone
+        return f"[{', '.join(show(y).replace(',', '') for y in x)}]"
     if x is None or isinstance(x, bool):
         return {None: "n/a", True: "yes", False: "no"}[x]
-    return f"{x:,.4f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
+    if isinstance(x, float):
+        return f"{x:.2g}" if 0 < abs(x) < 1e-3 else f"{x:,.4f}"
+    return f"{x:,}" if isinstance(x, int) else str(x)
 
 
 def title(r: dict[str, Any]) -> str:
@@ -68,6 +70,8 @@ def lead(r: dict[str, Any]) -> list[Block]:
         f"(step {show(r['evals']['best'])}), a decrease of {show(loss['decrease_pct'])} %, "
         f"interval {show(loss['decrease_pct_interval'])}: **{loss['conclusion']}**."
     )
+    if loss["last_conclusion"].startswith("rose"):
+        text += f" At the last eval, {show(loss['last'])}, it **{loss['last_conclusion']}**."
     return [r["notes"], text] if r["notes"] else [text]
 
 
@@ -154,11 +158,16 @@ def _losses(r: dict[str, Any]) -> list[Block]:
         _by_point(r, "loss", more=more),
         [
             f"Interval: {r['validation']['loss']['interval_of']}. A change is shown where it "
-            "excludes 0."
+            "excludes 0.",
+            *(
+                f"{s.replace('_', ' ').capitalize()} loss, last - start: interval "
+                f"{show(r[s]['loss']['last_interval'])}: {r[s]['loss']['last_conclusion']}."
+                for s in SPLITS
+            ),
         ],
         "Each eval, with the 95 % bootstrap interval of its loss over examples. Two evals are of "
-        "the same examples, so overlapping intervals do not mean that they are equal: the table "
-        "above tests that, paired.",
+        "the same examples, so overlapping intervals do not mean that they are equal: of the "
+        "start against best and last that is tested above, paired.",
         Table(head, rows),
     ]
 
@@ -191,9 +200,9 @@ def _gap(g: dict[str, Any]) -> list[Block]:
     return [
         f"Validation - train-probe loss: {show(g['start'])} at start, interval "
         f"{show(g['start_interval'])}; {show(g['best'])} at best, interval "
-        f"{show(g['best_interval'])}; it grew by {show(g['growth'])}, interval "
-        f"{show(g['growth_interval'])}. The probe is part of the training set: a gap that grew is "
-        "a fall that did not carry over in full to new examples."
+        f"{show(g['best_interval'])}; best - start {show(g['growth'])}, interval "
+        f"{show(g['growth_interval'])}. The probe is part of the training set: a gap that grew "
+        "beyond its interval is a fall that did not carry over in full to new examples."
     ]
 
 
@@ -222,7 +231,9 @@ def _classes(r: dict[str, Any]) -> list[Block]:
         [
             "The share of examples whose own label word is the most probable of the label words, "
             "as the first token of the answer. Intervals are Wilson's, 95 %, the last one of the "
-            "best eval.",
+            "best eval. The most frequent label is that of "
+            f"{show(found['most_frequent'])} of the validation examples: as much is right by "
+            "always naming it.",
             f"Validation, start against best: {show(found['gained'])} examples became right, "
             f"{show(found['lost'])} became wrong; exact McNemar p {show(found['p'])}: "
             f"**{found['conclusion']}**.",
@@ -314,8 +325,8 @@ def _worst(r: dict[str, Any]) -> list[Block]:
     n = r["length"]
     keys = ("loss", "loss_at_start", "tokens", "nll_max")
     blocks: list[Block] = [
-        "By mean token loss at the best step. A mean over few tokens varies more, so short "
-        "completions reach the top more easily. Spearman's rank correlation of tokens and loss is "
+        "By mean token loss at the best step. A mean over few tokens varies more, which alone "
+        "brings short completions to the top. Spearman's rank correlation of tokens and loss is "
         f"{show(n['spearman'])}, interval {show(n['interval'])} (Fisher's z, Bonett & Wright "
         f"2000); the median example has {show(n['median'])} tokens, the median of those below "
         f"{show(n['median_worst'])}."
@@ -348,8 +359,10 @@ def _others(runs: list[dict[str, Any]]) -> list[Block]:
         blocks.append(
             "Each at its own best eval, on the validation examples that both have, paired; "
             "differences are this run minus the other, with 95 % paired bootstrap intervals, not "
-            "widened for the number of runs compared. Another seed of the same recipe would also "
-            "differ: an interval over examples does not say that the recipe is better."
+            "widened for the number of runs compared, nor for the choice of each one's best eval "
+            "on these very examples (of more evals the best looks better). Another seed of the "
+            "same recipe would also differ: an interval over examples does not say that the "
+            "recipe is better."
         )
     for c in runs:
         steps = f"steps {show(c['best'])}, {show(c['shared'])} shared examples"
@@ -382,7 +395,7 @@ def _final(r: dict[str, Any]) -> str:
         f"the validation loss went from {show(loss['start'])} "
         f"to {show(loss['best'])} ({loss['conclusion']}), its token accuracy from "
         f"{show(accuracy['start'])} to {show(accuracy['best'])} ({accuracy['conclusion']}), and "
-        "the gap to the training examples grew by "
+        "the gap to the training examples changed by "
         f"{show(r['generalisation_gap']['growth'])}, interval "
         f"{show(r['generalisation_gap']['growth_interval'])}. More epochs recommended: "
         f"{show(r['more_epochs']['recommended'])}."
@@ -395,7 +408,7 @@ def _not_shown(r: dict[str, Any]) -> list[str]:
         "validation examples, not data order, initial adapters or dropout. With fewer than about "
         f"{FEW} examples they are too narrow.",
         "An untouched test set: the best eval was chosen by the validation loss that is reported "
-        "for it.",
+        "for it, and its interval takes that choice as given.",
         "Answers: everything here is teacher-forced. No text was generated, no answer was checked.",
         "Other tasks: no benchmark was run; neither transfer nor forgetting was measured.",
     ]

@@ -109,7 +109,12 @@ def consequence(
     drawn = np.random.default_rng(seed).choice(columns["id"], k, replace=False)
     runs = {"everything": home / "run"}
     for name, ids in (("without_top", worst), ("without_random", drawn)):
-        write_text(home / f"{name}.txt", "".join(f"{i}\n" for i in ids))
+        path, text = home / f"{name}.txt", "".join(f"{i}\n" for i in ids)
+        if path.exists() and path.read_text() != text:
+            raise SystemExit(
+                f"{path} names other rows than the scores do now: remove {home / name}"
+            )
+        write_text(path, text)
         forced = {"data.exclude": home / f"{name}.txt", "train.ledger_every": 0.0}
         runs[name] = train(options, home, name, seed, **forced)
     rows = {}
