@@ -70,8 +70,9 @@ def abstract(arch: Arch, config: Any, mesh: Mesh) -> dict[str, Any]:
 def _setting(arch: Arch, config: Any, mesh: Mesh, rows: int, length: int):
     wrap = LoRAConfig(**config.lora)
     model = build_model(arch, config, wrap, mesh)
-    boxed = model.abstract()["params"]
-    check_targets(wrap, nn.unbox(boxed))
+    tree = model.abstract()
+    boxed = tree["params"]
+    check_targets(wrap, *nn.unbox((boxed, tree["lora"])))
 
     def on(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -4,6 +4,7 @@ The adapters themselves, their letters and sources are in adapters.py. Trees are
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -146,10 +147,13 @@ def put(tree: dict[str, Any], found: dict[str, Leaves]) -> dict[str, Any]:
     return {**tree, "layers": layers}
 
 
-def check_targets(config: LoRAConfig, params: dict[str, Any]) -> list[str]:
-    """The adapted paths of a base tree.
+def check_targets(
+    config: LoRAConfig, params: dict[str, Any], lora: dict[str, Any] | None = None
+) -> list[str]:
+    """The adapted paths of a base tree; shapes suffice.
 
-    Raises UserError, listing all names, when the targets or an expression of a pattern match none.
+    Raises UserError, listing all names, when the targets or an expression of a pattern match none;
+    with lora, the adapters that model.init makes, also where they cannot start from such a base.
     """
     paths = [
         f"{module}/{name}"
@@ -170,6 +174,8 @@ def check_targets(config: LoRAConfig, params: dict[str, Any]) -> list[str]:
                     f"lora.{key} {pattern!r} matches no adapted module. "
                     f"Names: {', '.join(sorted(found))}"
                 )
+    if lora is not None and config.reads_base:
+        jax.eval_shape(functools.partial(from_base, config), params, lora)
     return found
 
 

@@ -312,9 +312,9 @@ def test_pissa_of_8_bits_is_refused():
 
 def test_more_singular_values_than_there_are():
     config = LoRAConfig(17, 8.0, 0.0, targets="k_proj", init="pissa")
-    lora = nn.unbox(Transformer(common.tiny_arch(NAME), wrap=config).abstract()["lora"])
+    tree = nn.unbox(Transformer(common.tiny_arch(NAME), wrap=config).abstract())
     with pytest.raises(UserError, match="rank 17: a matrix of 32 x 16 has 16 singular values"):
-        jax.eval_shape(functools.partial(from_base, config), common.tiny_params(NAME), lora)
+        check_targets(config, tree["params"], tree["lora"])
 
 
 def test_merging_into_8_bits_is_refused():

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -94,15 +95,18 @@ def together(script: str, arguments: list[list[str]]) -> list[tuple[int, str, fl
     flags = ["--coordinator", f"127.0.0.1:{port}", "--processes=2"]
     flags += [f"--heartbeat_timeout={HEARTBEAT}"]
     made = [start(script, a, [*flags, f"--process={i}"], 4) for i, a in enumerate(arguments)]
-    try:
-        second = made[1].communicate(timeout=600)[0]
-        gone = time.monotonic()
-        outputs = [made[0].communicate(timeout=600)[0], second]
-        seconds = time.monotonic() - gone
-    finally:
-        for p in made:
-            p.kill()
-    return [(p.returncode, text, seconds) for p, text in zip(made, outputs, strict=True)]
+    with ThreadPoolExecutor() as pool:  # a full pipe stops who writes to it
+        try:
+            (first, end), (second, gone) = pool.map(last_words, made)
+        finally:
+            for p in made:
+                p.kill()
+    texts = (first, second)
+    return [(p.returncode, text, end - gone) for p, text in zip(made, texts, strict=True)]
+
+
+def last_words(process: subprocess.Popen) -> tuple[str, float]:
+    return process.communicate(timeout=600)[0], time.monotonic()
 
 
 MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}

@@ -182,5 +182,5 @@ def test_confident_learning_says_what_it_lacks(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"python -m gemma_lora\.folds"):
         confident.read(tmp_path, np.array(["a"]))
     monkeypatch.setattr(confident.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="of the extra 'clean'"):
+    with pytest.raises(UserError, match=r"takes cleanlab; run: pip install .*'\.\[clean\]'"):
         confident.find(np.zeros(2, int), np.ones((2, 2)) / 2)
