@@ -72,7 +72,7 @@ def _setting(arch: Arch, config: Any, mesh: Mesh, rows: int, length: int):
     model = build_model(arch, config, wrap, mesh)
     tree = model.abstract()
     boxed = tree["params"]
-    check_targets(wrap, *nn.unbox((boxed, tree["lora"])))
+    check_targets(wrap, *nn.unbox((boxed, tree.get("lora"))))
 
     def on(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -20,7 +20,7 @@ from gemma_lora.sharding import spec
 
 NAMES = ("auto", "reference", "block", "splash", "cudnn")
 
-# Queries of one block on the CPU. Against the reference, forward and backward of Gemma 3 270M's
+# Queries of one block. On a CPU, against the reference, forward and backward of Gemma 3 270M's
 # attention take 0.85 of the time at 256 tokens, 0.55 at 1,024 and 0.53 at 2,048 (0.32 in a window
 # of 512); blocks of 256 and 512 queries take longer.
 BLOCK = 128

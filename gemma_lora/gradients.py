@@ -113,8 +113,8 @@ def gradients(
     # JAX's rule for a batch of cuDNN's calls takes no mask that is the same for all heads.
     facts = config.attention, model.arch, model.dtype
     if any(choose(*facts, length, mesh)[0] == "cudnn" for length in data.shapes):
-        say("   attention: reference; cudnn cannot take the gradients of several rows at once")
-        model = model.clone(attention="reference")
+        say("   attention: block; cudnn cannot take the gradients of several rows at once")
+        model = model.clone(attention="block")
     # One row a device at a time. The floor of the run's sweep would make gradients inexact.
     step = make_gradient_step(model, Sweep(config.head.chunk), m, config.seed, ways)
     step = jax.jit(step, out_shardings=(batch_sharding(mesh, 1), batch_sharding(mesh)))

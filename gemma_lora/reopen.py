@@ -19,7 +19,7 @@ from gemma_lora.lora import LoRAConfig, started_from_base
 from gemma_lora.metrics import say
 from gemma_lora.model import Transformer
 from gemma_lora.optim import optimizer
-from gemma_lora.sharding import check_rows, make_mesh
+from gemma_lora.sharding import check_rows, make_mesh, mesh_of_first
 from gemma_lora.step import init_state
 from gemma_lora.weights.pretrained import (
     Pretrained,
@@ -87,10 +87,10 @@ def _mesh(config: ConfigDict) -> Mesh:
         if jax.process_count() > 1:  # each of which has to take part
             raise
         config.mesh = default().mesh
-        most = min(jax.device_count(), batch[0] // batch[1])
-        n = max(n for n in range(1, most + 1) if batch[0] // batch[1] % n == 0)
-        say(f"   {e}: the default mesh of {n} devices is taken")
-        return make_mesh(config.mesh, jax.devices()[:n])
+        rows = batch[0] // batch[1]
+        n = max(n for n in range(1, min(jax.device_count(), rows) + 1) if rows % n == 0)
+        say(f"   {e}: fsdp={n} is taken")
+        return mesh_of_first(n)
 
 
 def _read_config(workdir: pathlib.Path) -> ConfigDict:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.sparse import coo_array, csgraph
 
+from gemma_lora.data.examples import plain
 from gemma_lora.sums import arithmetic, final_answer
 
 NEAR = 0.6  # Jaccard similarity of two near duplicates, at least
@@ -107,20 +108,20 @@ def _alone(row: Row, seq_len: int) -> Iterator[tuple[str, str]]:
 def _copies(rows: list[Row]) -> Iterator[tuple[int, str, str]]:
     """Rows whose prompt, or prompt and completion, another row has."""
     prompts: dict[str, list[int]] = collections.defaultdict(list)
-    plain = [(_plain(r.prompt), _plain(r.completion)) for r in rows]
-    for i, (prompt, _) in enumerate(plain):
+    pairs = [(plain(r.prompt), plain(r.completion)) for r in rows]
+    for i, (prompt, _) in enumerate(pairs):
         prompts[prompt].append(i)
     for prompt, group in prompts.items():
         # A prompt that is always the same, or empty, says nothing about its row.
         trivial = not prompt or len(group) > _common(len(rows))
         same: dict[str, list[int]] = collections.defaultdict(list)
         for i in group:
-            same[plain[i][1]].append(i)
+            same[pairs[i][1]].append(i)
         for i in group:
-            if len(twins := same[plain[i][1]]) > 1:
+            if len(twins := same[pairs[i][1]]) > 1:
                 yield i, "duplicate", _names(rows, i, twins)
             if not trivial and len(same) > 1:
-                others = [j for j in group if plain[j][1] != plain[i][1]]
+                others = [j for j in group if pairs[j][1] != pairs[i][1]]
                 yield i, "conflict", _names(rows, i, others)
             leaks = [j for j in (twins if trivial else group) if _side(rows[j]) != _side(rows[i])]
             if leaks:
@@ -131,10 +132,6 @@ def _names(rows: list[Row], i: int, others: list[int]) -> str:
     others = [j for j in others if j != i]
     more = f" and {len(others) - 1} more" if len(others) > 1 else ""
     return f"like {rows[others[0]].id}{more}"
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
 
 
 def _common(count: int) -> float:
@@ -155,7 +152,7 @@ def _near(rows: list[Row]) -> Iterator[tuple[int, str, str]]:
     by their links, in which all are compared.
     """
     copies: dict[str, list[int]] = collections.defaultdict(list)
-    texts = [_plain(f"{r.prompt} {r.completion}") for r in rows]
+    texts = [plain(f"{r.prompt} {r.completion}") for r in rows]
     for i, text in enumerate(texts):
         copies[text].append(i)
     kept = [same[0] for same in copies.values()]  # of copies, one is compared

@@ -64,6 +64,12 @@ def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=types)
 
 
+def mesh_of_first(n: int) -> Mesh:
+    """The first n devices along fsdp, in their order: they need not lie side by side."""
+    grid = np.array(jax.devices()[:n]).reshape(1, n, 1)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def crossing(mesh: Mesh) -> str:
     """', 2 slices along data' for a mesh over several slices, or ''."""
     slices = np.vectorize(lambda d: getattr(d, "slice_index", 0) or 0)(mesh.devices)

@@ -7,6 +7,7 @@ import numpy as np
 import scipy  # its parts load at first use: stats takes a second that training need not wait
 
 RESAMPLES = 10_000
+LEAST = 6  # examples for a conclusion: of five that all change alike a sign test's p is 0.06
 FEW = 20  # examples; about how many it takes for bootstrap intervals not to be too narrow
 
 

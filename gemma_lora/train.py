@@ -94,7 +94,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
     check_rows(config.data.batch_size, mesh, config.train.micro_batches)
     model = build_model(arch, config, wrap, mesh)
     abstract = model.abstract()
-    adapted = check_targets(wrap, *nn.unbox((abstract["params"], abstract["lora"])))
+    adapted = check_targets(wrap, *nn.unbox((abstract["params"], abstract.get("lora"))))
     # Three checkpoints of A, B and Adam's two moments, in float32, can be there at once.
     require_space(workdir, 64 * 2**20 + 3 * 12 * count(abstract["lora"]))
     made_with = manifest.facts(config)

@@ -83,10 +83,11 @@ await_active() {
   done
 }
 
-# How a host gets a package of Debian's. A new one upgrades itself meanwhile, and locks them.
+# How a host gets a package of Debian's. A new one upgrades itself meanwhile, and locks them; of the
+# two, update has no option to wait.
 packages() {
-  local get="sudo apt-get -qq -o DPkg::Lock::Timeout=600"
-  echo "$get update && $get install -y $1"
+  local get="sudo apt-get -qq"
+  echo "for i in \$(seq 60); do $get update && break; sleep 10; done; $get -o DPkg::Lock::Timeout=600 install -y $1"
 }
 
 install() {

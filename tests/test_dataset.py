@@ -284,6 +284,21 @@ def ids(data):
     return {e.id for e in data.examples}
 
 
+def test_copies_of_training_texts_are_counted(tmp_path, tokenizer):
+    write(tmp_path / "all.jsonl", [f"a{i}" for i in range(40)])
+    path = tmp_path / "copies.jsonl"
+    path.write_text("".join((tmp_path / "all.jsonl").read_text().replace("a", x) for x in "aB"))
+    text = path.read_text().replace('"prompt": "B', '"prompt": "A')  # but for its case, and the id
+    path.write_text(text)
+    c = settings(path=str(path))
+    train, validation, _, counts = load_data(c, tokenizer, 128)
+    other = {"a": "B", "B": "a"}
+    alone = {i for i in ids(validation) if other[i[0]] + i[1:] not in ids(validation)}
+    assert counts["copies"] == len(alone) > 4
+    told = describe(c, train, counts, 9, 3)
+    assert told["copies"].startswith(f"of the validation set {len(alone)} with the text of a")
+
+
 def test_a_split_of_one_file(tmp_path, tokenizer):
     c = settings(path=write(tmp_path / "all.jsonl", [f"a{i}" for i in range(40)]))
     train, validation, probe, counts = load_data(c, tokenizer, 128)
@@ -293,14 +308,6 @@ def test_a_split_of_one_file(tmp_path, tokenizer):
         "copies": 0,
     }  # fmt: skip
     assert not ids(train) & ids(validation) and len(ids(train) | ids(validation)) == 40
-    path = tmp_path / "copies.jsonl"
-    path.write_text("".join((tmp_path / "all.jsonl").read_text().replace("a", x) for x in "aB"))
-    text = path.read_text().replace('"prompt": "B', '"prompt": "A')  # but for its case, and the id
-    path.write_text(text)
-    _, validation, _, counts = load_data(settings(path=str(path)), tokenizer, 128)
-    other = {"a": "B", "B": "a"}
-    alone = {i for i in ids(validation) if other[i[0]] + i[1:] not in ids(validation)}
-    assert counts["copies"] == len(alone) > 4
     assert ids(probe) < ids(train) and len(ids(probe)) == 4
     assert train.shapes == validation.shapes == probe.shapes
     shapes = {k: v.shape for k, v in train.batch_at(0).arrays.items()}

@@ -8,6 +8,7 @@ import pytest
 from test_dataset import examples, settings
 from tiny_tokenizer import write_tokenizer
 
+from gemma_lora.data import examples as module
 from gemma_lora.data.examples import split, subset, tokenize
 from gemma_lora.errors import UserError
 from gemma_lora.tokenizer import Tokenizer
@@ -77,6 +78,16 @@ def test_without_bos_the_first_token_carries_no_loss():
             [{"id": "r", "prompt": "", "completion": "abcd"}], plain, loss_on=loss_on
         ).examples
         assert e.tokens.tolist() == [10, 13, 1] and e.loss_from == 1
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7])
+def test_texts_are_encoded_in_blocks(tokenizer, monkeypatch, block):
+    rows = [{"id": f"r{i}", "prompt": f"{i} ", "completion": "c" * (i + 1)} for i in range(7)]
+    want = tokenized(rows, tokenizer).examples
+    monkeypatch.setattr(module, "_AT_ONCE", block)
+    for a, b in zip(want, tokenized(rows, tokenizer).examples, strict=True):
+        assert a.id == b.id and a.tokens.tolist() == b.tokens.tolist()
+    assert len({e.tokens.size for e in want}) == 7
 
 
 def test_truncated_and_dropped_are_told_apart(tokenizer):

@@ -108,6 +108,11 @@ def test_install_puts_the_tree_on_every_host(launch):
     assert "not copied" not in done.stderr
 
 
+def test_setup_says_what_it_takes():
+    done = subprocess.run(["bash", str(LAUNCH / "setup.sh")], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("usage: launch/setup.sh VENV EXTRAS")
+
+
 def test_other_extras_and_what_is_not_committed(launch, monkeypatch):
     monkeypatch.setenv("DIRTY", "?? configs/mine.py\n")
     for line in (

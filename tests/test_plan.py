@@ -232,6 +232,7 @@ def test_leaves_on_the_command_line():
     assert up.split()[-3:] == ["23,592,960", "of", "47,185,920"]
     for change, words in (
         (("cpu:2", "cpu:x"), "topology 'cpu:x'"),
+        (("cpu:2", "cpu:16"), "data.batch_size is 8"),
         (("--leaves", "--largest --examples=9"), "the memory of a cpu:2 is not known"),
     ):
         wrong = subprocess.run([sys.executable, *line.replace(*change).split()],

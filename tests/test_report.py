@@ -13,7 +13,8 @@ from report_run import STEPS, N, make, put_eval, table
 
 from gemma_lora import evaluate, report, stats
 from gemma_lora.errors import UserError
-from gemma_lora.report.sections import show
+from gemma_lora.report import prose
+from gemma_lora.report.sections import Example, show
 
 LOSS = ("start", "best", "last", "decrease_pct", "interval")
 PATHS = [
@@ -224,6 +225,7 @@ def test_interrupted_before_the_second_eval(tmp_path):
         assert loss["start"] == loss["best"] == loss["last"]
         assert loss["decrease_pct"] == 0 and loss["interval"] == [0, 0]
         assert loss["conclusion"] == "no eval after step 0: nothing to compare"
+        assert loss["last_conclusion"] == loss["conclusion"]
     assert r["final_steps"] is None
     text = (tmp_path / "report.md").read_text()
     assert "interrupted, 0 of 60" in text and "no eval after step 0" in text
@@ -241,7 +243,8 @@ def test_harm_at_the_end_is_said(tmp_path):
     low, high = r["validation"]["loss"]["last_interval"]
     assert 0 < low < 0.8 < high
     lead = report.markdown(r).partition("## Overview")[0]
-    assert "At the last eval, 1.8000, it **rose beyond its 95 % interval**." in lead
+    fell = "**fell beyond its 95 % interval**. At the last eval, 1.8000, it "
+    assert f"{fell}**rose beyond its 95 % interval**." in lead
 
 
 @pytest.mark.parametrize(("n", "concludes"), [(2, False), (5, False), (6, True)])
@@ -254,11 +257,22 @@ def test_a_handful_of_examples_is_no_evidence(tmp_path, n, concludes):
         if concludes
         else f"no conclusion from {n} examples: it takes 6"
     )
+    assert ("evals of 6 examples" in loss["more_epochs"]["because"]) is not concludes
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shown"),
+    [(480, 80, "p" * 480 + "c" * 80), (1490, 10, "..." + "p" * 590 + "c" * 10),
+     (10, 900, "p" * 10 + "c" * 590 + "..."), (900, 900, "..." + "p" * 300 + "c" * 300 + "...")],
+)  # fmt: skip
+def test_of_a_long_example_the_completion_is_shown(before, after, shown):
+    x = Example("e", "n", "p" * before + "c" * after, before, False, None, None, 0)
+    assert f"\n{shown}\n" in prose._block(x)
 
 
 def test_copies_of_training_texts_are_in_the_notes(tmp_path):
     r = report.build(make(tmp_path, examples={"train": 9, "validation": N, "copies": 3}))
-    assert any(x.startswith("3 validation examples have the text of a") for x in r["notes"])
+    assert any("of the validation set 3 with the text of a" in x for x in r["notes"])
 
 
 def test_the_best_eval_must_be_there(tmp_path):

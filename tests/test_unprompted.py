@@ -103,12 +103,15 @@ def test_a_run_of_other_devices_is_opened_on_these(run, capsys, axis):
     before = config.read_text()
     try:
         values = json.loads(before)
-        values["mesh"][axis] = 8
+        values["mesh"][axis], values["attention"] = 8, "splash"
         config.write_text(json.dumps(values))
-        assert reopen(run).mesh.size == 1
+        opened = reopen(run)
+        assert opened.mesh.size == 1 and opened.model.attention == "auto"
     finally:
         config.write_text(before)
-    assert "needs 8 devices, but there are 1: the default mesh" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "needs 8 devices, but there are 1: fsdp=1 is taken" in said
+    assert "'splash' cannot be used here: it is a TPU kernel, and this is cpu: 'auto'" in said
 
 
 def test_rows_cut_before_their_completion(run, monkeypatch):

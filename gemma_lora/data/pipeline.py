@@ -143,6 +143,10 @@ def unshuffled(train_set: Dataset, config: Any) -> Dataset:
     return dataset(train_set.examples, config, rows, labels, shuffle=False)
 
 
+def told_of_copies(n: int) -> str:
+    return f"of the validation set {n} with the text of a training example, so no test of new ones"
+
+
 def describe(
     config: Any, train_set: Dataset, counts: dict[str, int], total: int, every: int
 ) -> dict[str, str]:
@@ -179,10 +183,7 @@ def describe(
             "their longest field"
         )
     if counts["copies"]:
-        facts["copies"] = (
-            f"{counts['copies']} validation examples have the text of a training example: their "
-            "loss is not that of new ones"
-        )
+        facts["copies"] = told_of_copies(counts["copies"])
     if counts["excluded"]:
         facts["excluded"] = f"{counts['excluded']} training examples, by {data.exclude}"
     if ledger := in_steps(train.ledger_every, steps):

@@ -7,7 +7,7 @@ import numpy as np
 from gemma_lora.config import differences
 from gemma_lora.evaluate import label_is_likeliest
 from gemma_lora.report.reading import Eval, Workdir
-from gemma_lora.stats import FEW, bootstrap, interval, mcnemar
+from gemma_lora.stats import FEW, LEAST, bootstrap, interval, mcnemar
 
 SEED = 2  # not those of the run's own splits
 
@@ -57,7 +57,7 @@ def compared(here: Workdir, there: Workdir) -> dict[str, Any]:
         limits = interval(draws[:, n])
         out[name] = {
             "this": mean[0], "other": mean[1], "difference": mean[0] - mean[1], "interval": limits,
-            "conclusion": _conclusion(limits),
+            "conclusion": _conclusion(limits, len(ids)),
         }  # fmt: skip
     labelled = (a["label"] >= 0) & (a["label"] == b["label"])
     if labelled.any() and here.config["data"]["labels"] == there.config["data"]["labels"]:
@@ -70,9 +70,11 @@ def compared(here: Workdir, there: Workdir) -> dict[str, Any]:
     return out
 
 
-def _conclusion(limits: list[float] | None) -> str:
+def _conclusion(limits: list[float] | None, n: int) -> str:
     if limits is None:
         return "no interval: it takes two examples and finite losses"
+    if n < LEAST:
+        return f"no conclusion from {n} examples: it takes {LEAST}"
     if limits[0] <= 0 <= limits[1]:
         return "no difference that these examples can show"
     return f"this run's is {'lower' if limits[1] < 0 else 'higher'}, beyond the 95 % interval"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_lora.data.pipeline import in_steps
+from gemma_lora.data.pipeline import in_steps, told_of_copies
 from gemma_lora.evaluate import label_is_likeliest
 from gemma_lora.metrics import LEDGER, STEPS
 from gemma_lora.outliers import length_bins
@@ -22,6 +22,7 @@ from gemma_lora.report.reading import MODEL, SPLITS, Eval, Workdir, read
 from gemma_lora.report.tokens import detailed, format_columns
 from gemma_lora.stats import (
     FEW,
+    LEAST,
     interval,
     intervals,
     mcnemar,
@@ -33,7 +34,6 @@ from gemma_lora.stats import (
 )
 
 OUTLIERS = 10  # how many examples are shown
-LEAST = 6  # examples for a conclusion: of five that all change alike a sign test's p is 0.06
 INTERVAL_OF = "best - start, {}, 95 % paired bootstrap over examples, the best eval taken as given"
 POINTS = ("start", "best", "last")
 KINDS = ("format", "content")
@@ -181,7 +181,10 @@ def _change(
         out["decrease_pct_interval"] = interval(share)
         # The adapter at the end, which need not be the best: does training on do harm?
         last = interval(draws[:, at["last"]] - start)
-        out |= {"last_interval": last, "last_conclusion": _conclusion(last, w, split)}
+        nothing = None if at["last"] else _nothing_to_compare(w)
+        out |= {
+            "last_interval": last, "last_conclusion": nothing or _conclusion(last, w, split)
+        }  # fmt: skip
     conclusion = _nothing_to_compare(w) or _conclusion(found, w, split)
     of = "nats per token" if column == "nll" else "share of tokens"
     return out | {
@@ -230,16 +233,13 @@ def _notes(w: Workdir) -> list[str]:
             "No eval had finite losses in all sets: there is no best one and no adapter; where "
             "this report says best, it shows step 0."
         )
-    if (n := len(evals[0].rows["validation"]["id"])) < FEW:
+    if 1 < (n := len(evals[0].rows["validation"]["id"])) < FEW:
         found.append(
             f"There are {n} validation examples: with fewer than about {FEW} the intervals are too "
             "narrow."
         )
     if copies := run["examples"].get("copies"):
-        found.append(
-            f"{copies} validation examples have the text of a training example: their loss is not "
-            "that of new ones."
-        )
+        found.append(f"Copies: {told_of_copies(copies)}.")
     for e in evals:
         if bad := e.not_finite():
             found.append(f"At step {e.step} the loss of {len(bad)} examples is not finite.")
@@ -295,8 +295,9 @@ def _more_epochs(w: Workdir, draws: np.ndarray) -> dict[str, Any]:
     share = float(rates[-1] / rates.max()) if rates.size and rates.max() > 0 else math.nan
     ended = w.run["steps_planned"] in w.train["step"]
     ended = (ended and w.config["optim"]["schedule"] != "constant") or share <= 0.01
-    whole = w.run["status"] in ("finished", "stopped early")
-    judged = before is not after and math.isfinite(share) and found is not None and whole
+    judged = before is not after and math.isfinite(share) and found is not None
+    judged &= len(after.rows["validation"]["id"]) >= LEAST
+    judged &= w.run["status"] in ("finished", "stopped early")
     fell = judged and found[1] < 0
     lowest = min(reversed(w.evals), key=lambda e: e.mean("validation", "nll"))
     change = "fell" if fell else "did not fall"
@@ -305,8 +306,8 @@ def _more_epochs(w: Workdir, draws: np.ndarray) -> dict[str, Any]:
     )
     if not judged:
         because = (
-            "to judge takes two evals of two examples, train lines and a run that stayed finite "
-            "and came to its end"
+            f"to judge takes two evals of {LEAST} examples, train lines and a run that stayed "
+            "finite and came to its end"
         )
     elif fell and lowest is not after:
         because += f", but it was lowest at step {lowest.step}"

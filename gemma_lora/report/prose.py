@@ -36,7 +36,8 @@ def _line(cells: list[Any]) -> str:
 def _example(x: Example) -> str:
     # A longer fence than any run of backticks in the text, so that the text cannot end it.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", x.text)), default=0))
-    first = max(0, min(x.completion, len(x.text)) - SHOWN // 2)  # of a long prompt, its end
+    # Of a long prompt its end, so that the completion is seen.
+    first = max(0, min(x.completion - SHOWN // 2, len(x.text) - SHOWN))
     text = "..." * (first > 0) + x.text[first : first + SHOWN]
     text += "..." * (first + SHOWN < len(x.text))
     name, numbers = (re.sub("([`*<])", r"\\\1", s) for s in (x.name, x.numbers))

@@ -232,7 +232,7 @@ def _classes(r: dict[str, Any]) -> list[Block]:
             "The share of examples whose own label word is the most probable of the label words, "
             "as the first token of the answer. Intervals are Wilson's, 95 %, the last one of the "
             "best eval. The most frequent label is that of "
-            f"{show(found['most_frequent'])} of the validation examples: as much is right by "
+            f"{show(found['most_frequent'])} of those with a label: as much is right by "
             "always naming it.",
             f"Validation, start against best: {show(found['gained'])} examples became right, "
             f"{show(found['lost'])} became wrong; exact McNemar p {show(found['p'])}: "

@@ -112,7 +112,7 @@ def consequence(
         path, text = home / f"{name}.txt", "".join(f"{i}\n" for i in ids)
         if path.exists() and path.read_text() != text:
             raise SystemExit(
-                f"{path} names other rows than the scores do now: remove {home / name}"
+                f"{path} names other rows than the scores do now: remove it and {home / name}"
             )
         write_text(path, text)
         forced = {"data.exclude": home / f"{name}.txt", "train.ledger_every": 0.0}
