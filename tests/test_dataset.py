@@ -296,7 +296,7 @@ def test_copies_of_training_texts_are_counted(tmp_path, tokenizer):
     alone = {i for i in ids(validation) if other[i[0]] + i[1:] not in ids(validation)}
     assert counts["copies"] == len(alone) > 4
     told = describe(c, train, counts, 9, 3)
-    assert told["copies"].startswith(f"of the validation set {len(alone)} with the text of a")
+    assert told["copies"].startswith(f"{len(alone)} in the validation set with the text of a")
 
 
 def test_a_split_of_one_file(tmp_path, tokenizer):

@@ -272,7 +272,7 @@ def test_of_a_long_example_the_completion_is_shown(before, after, shown):
 
 def test_copies_of_training_texts_are_in_the_notes(tmp_path):
     r = report.build(make(tmp_path, examples={"train": 9, "validation": N, "copies": 3}))
-    assert any("of the validation set 3 with the text of a" in x for x in r["notes"])
+    assert any("3 in the validation set with the text of a" in x for x in r["notes"])
 
 
 def test_the_best_eval_must_be_there(tmp_path):

@@ -144,7 +144,7 @@ def unshuffled(train_set: Dataset, config: Any) -> Dataset:
 
 
 def told_of_copies(n: int) -> str:
-    return f"of the validation set {n} with the text of a training example, so no test of new ones"
+    return f"{n} in the validation set with the text of a training example: they test nothing new"
 
 
 def describe(

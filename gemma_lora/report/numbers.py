@@ -239,7 +239,7 @@ def _notes(w: Workdir) -> list[str]:
             "narrow."
         )
     if copies := run["examples"].get("copies"):
-        found.append(f"Copies: {told_of_copies(copies)}.")
+        found.append(f"Copies: {told_of_copies(copies)}, and their losses are not independent.")
     for e in evals:
         if bad := e.not_finite():
             found.append(f"At step {e.step} the loss of {len(bad)} examples is not finite.")
