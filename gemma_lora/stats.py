@@ -47,6 +47,17 @@ def interval(draws: np.ndarray) -> list[float] | None:
     return np.quantile(draws, [0.025, 0.975]).tolist() if np.isfinite(draws).all() else None
 
 
+def conclusion(limits: list[float] | None, n: int, neither: str, below: str, above: str) -> str:
+    """What the interval of a difference between n examples allows to say."""
+    if limits is None:
+        return "no interval: it takes two examples and finite losses"
+    if n < LEAST:
+        return f"no conclusion from {n} examples: it takes {LEAST}"
+    if limits[0] <= 0 <= limits[1]:
+        return neither
+    return below if limits[1] < 0 else above
+
+
 def intervals(draws: np.ndarray) -> list[list[float] | None]:
     """`interval` of each column."""
     return [interval(column) for column in draws.T]

@@ -7,7 +7,7 @@ import numpy as np
 from gemma_lora.config import differences
 from gemma_lora.evaluate import label_is_likeliest
 from gemma_lora.report.reading import Eval, Workdir
-from gemma_lora.stats import FEW, LEAST, bootstrap, interval, mcnemar
+from gemma_lora.stats import FEW, bootstrap, conclusion, interval, mcnemar
 
 SEED = 2  # not those of the run's own splits
 
@@ -71,13 +71,11 @@ def compared(here: Workdir, there: Workdir) -> dict[str, Any]:
 
 
 def _conclusion(limits: list[float] | None, n: int) -> str:
-    if limits is None:
-        return "no interval: it takes two examples and finite losses"
-    if n < LEAST:
-        return f"no conclusion from {n} examples: it takes {LEAST}"
-    if limits[0] <= 0 <= limits[1]:
-        return "no difference that these examples can show"
-    return f"this run's is {'lower' if limits[1] < 0 else 'higher'}, beyond the 95 % interval"
+    words = (
+        "no difference that these examples can show",
+        *(f"this run's is {side}, beyond the 95 % interval" for side in ("lower", "higher")),
+    )
+    return conclusion(limits, n, *words)
 
 
 def _obstacles(

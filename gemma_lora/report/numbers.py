@@ -23,6 +23,7 @@ from gemma_lora.report.tokens import detailed, format_columns
 from gemma_lora.stats import (
     FEW,
     LEAST,
+    conclusion,
     interval,
     intervals,
     mcnemar,
@@ -185,23 +186,20 @@ def _change(
         out |= {
             "last_interval": last, "last_conclusion": nothing or _conclusion(last, w, split)
         }  # fmt: skip
-    conclusion = _nothing_to_compare(w) or _conclusion(found, w, split)
+    told = _nothing_to_compare(w) or _conclusion(found, w, split)
     of = "nats per token" if column == "nll" else "share of tokens"
     return out | {
-        "interval": found, "interval_of": INTERVAL_OF.format(of), "conclusion": conclusion
+        "interval": found, "interval_of": INTERVAL_OF.format(of), "conclusion": told
     }  # fmt: skip
 
 
 def _conclusion(found: list[float] | None, w: Workdir, split: str) -> str:
     """What the interval of a change allows to say."""
-    n = len(w.evals[0].rows[split]["id"])
-    if found is None:
-        return "no interval: it takes two examples and finite losses"
-    if n < LEAST:
-        return f"no conclusion from {n} examples: it takes {LEAST}"
-    if found[0] <= 0 <= found[1]:
-        return "no change that this set can show"
-    return f"{'fell' if found[1] < 0 else 'rose'} beyond its 95 % interval"
+    words = (
+        "no change that this set can show",
+        *(f"{verb} beyond its 95 % interval" for verb in ("fell", "rose")),
+    )
+    return conclusion(found, len(w.evals[0].rows[split]["id"]), *words)
 
 
 def _notes(w: Workdir) -> list[str]:
