@@ -237,9 +237,12 @@ def test_base_weights_that_are_not_finite(inputs, tmp_path, monkeypatch):
         ({"data.seq_len": 8, "data.loss_on": "completion"}, "data.seq_len 8"),
         ({"optim.warmup_steps": 8}, "optim.warmup_steps is 8"),
         ({"mesh.tensor": 3}, "needs 3 devices"),
+        ({"lora.init": "pissa", "lora.rank": 99}, "expected at most that as the rank"),
     ],
 )
-def test_bad_input_leaves_no_run(changes, message, inputs, tmp_path):
+def test_bad_input_leaves_no_run(changes, message, inputs, tmp_path, monkeypatch):
+    """Nor does it wait for the weights."""
+    monkeypatch.setattr(train, "load_base", None)
     c = settings(inputs, changes)
     with pytest.raises(UserError) as error:
         config.check(c)  # as the command line does first

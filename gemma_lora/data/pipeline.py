@@ -102,7 +102,9 @@ def load_data(
         dataset(part, config, rows, label_tokens, shuffle=part is train_part)
         for part in (train_part, validation_part, probe_part)
     )
-    texts = {plain(e.text) for e in train_part}
+    held = [plain(e.text) for e in validation_part]
+    looked_for = set(held)  # of the training texts, which can be many, no others are kept
+    trained = {text for e in train_part if (text := plain(e.text)) in looked_for}
     counts = {
         "train": len(train_part),
         "validation": len(validation_part),
@@ -110,7 +112,7 @@ def load_data(
         "truncated": sum(len(f.truncated) for f in found),
         "dropped": sum(len(f.dropped) for f in found),
         "excluded": left_out,
-        "copies": sum(plain(e.text) in texts for e in validation_part),
+        "copies": sum(text in trained for text in held),
     }
     return *sets, counts
 
