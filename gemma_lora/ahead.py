@@ -113,7 +113,7 @@ def facts(
     """What one step takes of one device, from the program compiled for it:
 
     arguments, temporaries, outputs (those that replace no argument), code: bytes held; padding:
-    what tiles add to the arguments;
+    what tiles add to the arguments; host: bytes put in the host's memory and read from it again;
     flops: of matrix products; attention: a splash kernel's products of [T,H] by [H,S], which
     are not in flops, a head; traffic: bytes from and to HBM; sent: kind of collective ->
     bytes; unknown_loops: loops counted once; seconds: of the compilation. Where the compiler finds
@@ -169,6 +169,7 @@ def _measured(compiled: Any, arch: Arch, mesh: Mesh, rows: int, length: int) -> 
         "temporaries": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
+        "host": memory.host_temp_size_in_bytes,
         "flops": sum(hlo.products(program, letter_sizes(arch, mesh, rows, length)).values()),
         "attention": hlo.attention_products(program),
         "traffic": hlo.traffic(program),

@@ -25,7 +25,7 @@ def default() -> ConfigDict:
     c.tokenizer = ""  # a directory or file with the tokenizer; '': where the weights are
     c.dtype = "bfloat16"  # of base weights and matrix products; adapters are always float32
     c.quantize = ""  # 'int8': base matrices in 8 bits, one scale an output channel; '': in dtype
-    c.remat = "matmuls"  # none, matmuls or full: what the backward recomputes (model.REMAT)
+    c.remat = "matmuls"  # none, matmuls, offload, full: what the backward recomputes (model.REMAT)
     c.attention = "auto"  # by platform; or reference, block (any), splash (TPU), cudnn (GPU)
     c.unroll = False  # unroll the loop over layers: slower to compile, sometimes faster to run
     c.seed = 0

@@ -20,8 +20,8 @@ class Array:
     layout: str = ""  # as '{2,1,0:T(8,128)(2,1)}'; '': not stated
 
     @property
-    def on_chip(self) -> bool:
-        """In a TPU's vector or scalar memory, not in its HBM."""
+    def elsewhere(self) -> bool:
+        """Not in the HBM: in a TPU's vector or scalar memory, or in the host's, S(5)."""
         return "S(" in self.layout
 
     @property
@@ -131,7 +131,7 @@ def _visit(program: Program, name: str, times: float) -> None:
     for op in program.computations[name].values():
         inner = times
         if op.kind == "while":
-            length = _length(program.computations, op)
+            length = _length(program.computations, program.computations[name], op)
             program.unknown += length is None
             inner *= length or 1
         branches = re.findall(r"branch_computations=\{([^}]*)\}", op.text)
@@ -147,8 +147,9 @@ def _visit(program: Program, name: str, times: float) -> None:
 _CALLERS = ("fusion", "while", "call", "async-start")
 
 
-def _length(computations: Computations, loop: Op) -> int | None:
-    """How often a loop runs: stated, or the one number that its condition compares with."""
+def _length(computations: Computations, ops: dict[str, Op], loop: Op) -> int | None:
+    """How often a loop among `ops` runs: stated, or the one number that its condition compares
+    with, less where it starts: a compiler may take the first turns out of a loop."""
     if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
         return int(found[1])
     limits, todo = [], [loop.called("condition")]
@@ -156,7 +157,21 @@ def _length(computations: Computations, loop: Op) -> int | None:
         for op in computations[todo.pop()].values():
             limits += re.findall(r"s32\[\][^ ]* constant\((\d+)\)", op.text)
             todo += [op.called()] if op.called() else []
-    return int(limits[0]) if len(limits) == 1 else None
+    return int(limits[0]) - _first(computations, ops, loop) if len(limits) == 1 else None
+
+
+def _first(computations: Computations, ops: dict[str, Op], loop: Op) -> int:
+    """The constant that a loop's counter, the integer its condition reads, starts at; else 0."""
+    condition = computations[loop.called("condition")].values()
+    reads = [re.search(r"= s32\[\].* get-tuple-element\(.*index=(\d+)", x.text) for x in condition]
+    state, at = ops.get(loop.operands[0]), [int(x[1]) for x in reads if x]
+    if state is None or state.kind != "tuple" or len(at) != 1:
+        return 0
+    counter = ops.get(state.operands[at[0]])
+    while counter is not None and counter.kind == "copy":
+        counter = ops.get(counter.operands[0])
+    found = counter and re.search(r" constant\((\d+)\)", counter.text)
+    return int(found[1]) if found else 0
 
 
 def products(program: Program, sizes: dict[str, int]) -> dict[tuple[str, str], float]:
@@ -265,6 +280,9 @@ def traffic(program: Program) -> float:
     return total
 
 
+_COPIES = ("copy-start", "dynamic-slice-start", "dynamic-update-slice-start")
+
+
 def _collective(op: Op) -> bool:
     return any(op.kind.startswith(k) for k in COLLECTIVES)
 
@@ -280,16 +298,16 @@ def _of_op(computations: Computations, computation: str, op: Op) -> float:
         return 2 * op.results[0].bytes
     if op.kind == "dynamic-update-slice":
         return 2 * operands[1].bytes if operands[1] else 0
-    # A copy-start names its operand among its results.
-    arrays = op.results if op.kind == "copy-start" else [*operands, *op.results]
-    return sum(x.bytes for x in arrays if x is not None and not x.on_chip)
+    # What starts a copy names its operand among its results.
+    arrays = op.results if op.kind in _COPIES else [*operands, *op.results]
+    return sum(x.bytes for x in arrays if x is not None and not x.elsewhere)
 
 
 def _of_fusion(computations: Computations, name: str, operands: list, results: list) -> float:
     total = 0.0
     ops = computations[name]
     for at, x in enumerate(operands):
-        if x is not None and not x.on_chip:
+        if x is not None and not x.elsewhere:
             total += min(x.bytes, _reads(computations, name, _parameter(ops, at)))
     (root,) = (op for op in ops.values() if op.root)
     parts = root.operands if root.kind == "tuple" else [""]
@@ -297,7 +315,7 @@ def _of_fusion(computations: Computations, name: str, operands: list, results: l
         op = ops.get(part, root)
         while op.kind == "bitcast" and op.operands[0] in ops:
             op = ops[op.operands[0]]
-        if result.on_chip or op.kind in ("parameter", "custom-call") or _collective(op):
+        if result.elsewhere or op.kind in ("parameter", "custom-call") or _collective(op):
             continue
         inner = op.kind == "dynamic-update-slice"
         total += ops[op.operands[1]].results[0].bytes if inner else result.bytes

@@ -317,6 +317,11 @@ def table(rows: list[dict[str, Any]], prices: dict[str, Any] | None) -> str:
                 f"{name}: {loops} loops as long as the data say, counted once: products, traffic "
                 "and times are the least"
             )
+        if host := row["train"].get("host"):
+            notes.append(
+                f"{name}: {host / GIB:.2f} GiB a device go to the host's memory and back in every "
+                "training step, in a time that no bound holds"
+            )
         if sent := row["train"].get("sent"):
             kinds = ", ".join(f"{k} {v / 1e9:.3f}" for k, v in sorted(sent.items()) if v)
             notes.append(f"{name}: sent GB a training step: {kinds or 'nothing'}")

@@ -71,6 +71,17 @@ def test_a_loop_of_slices_that_are_gathered():
     assert hlo.traffic(program) == 3 * (2 * part + 4 * part + 4 * part + 4 * 2 * part)
 
 
+def test_a_loop_that_starts_later_runs_less_often():
+    """As a compiler leaves it that took the first turn out of the loop."""
+    start = """  %from = s32[] constant(1)
+  %at = s32[] copy(%from)
+  %w.0 = bf16[4,8,16]{2,1,0} get-tuple-element(%a), index=1
+  %t = (s32[], bf16[4,8,16]{2,1,0}) tuple(%at, %w.0)
+  ROOT %loop"""
+    text = LOOP.replace("  ROOT %loop", start).replace("while(%a)", "while(%t)")
+    assert [c.times for c in hlo.collectives(hlo.parse(text))] == [2]
+
+
 def test_a_loop_of_unknown_length_counts_once_and_is_told():
     program = hlo.parse(LOOP.replace("s32[] constant(3)", "s32[] get-tuple-element(%y), index=0"))
     assert program.unknown == 1

@@ -293,6 +293,24 @@ def test_no_whole_weight_and_no_logits_in_the_program_for_a_tpu(name):
 
 
 @pytest.mark.usefixtures("tpu_compiler")
+def test_offload_keeps_one_result_of_every_layer_in_the_hosts_memory(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    arch, topology, rows, length = Arch.from_hf(SMALL), "v5e:2x2", 16, 256
+    found = {}
+    for remat in ("matmuls", "offload"):
+        c = config_of(**{"dtype": "bfloat16", "data.seq_len": length, "remat": remat})
+        mesh = make_mesh(c.mesh, ahead.devices_of(topology))
+        with common.jax_settings(jax_exec_time_optimization_effort=-1.0):
+            found[remat] = ahead.facts(arch, c, topology, mesh, rows, length, "train")
+    kept = arch.layers * rows * length // mesh.size * arch.hidden * 2  # bfloat16
+    assert [found[k]["host"] for k in found] == [0, kept]
+    spared = found["matmuls"]["temporaries"] - found["offload"]["temporaries"]
+    assert kept / 2 < spared < 1.5 * kept
+    # No product runs twice: layer 0's, whose input needs no gradient, run once less at most.
+    assert 0.9 < found["offload"]["flops"] / found["matmuls"]["flops"] <= 1
+
+
+@pytest.mark.usefixtures("tpu_compiler")
 def test_a_tpu_takes_the_same_products_however_the_rows_are_cut(tmp_path, monkeypatch):
     """The scan over micro-batches and the rows of its products make up for each other."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # what was compiled before does not count
