@@ -58,14 +58,16 @@ class Arch:
                     f"config.json: model_type {outer!r} around a text model is not supported "
                     "(expected gemma3)"
                 )
-            config = inner
+            # The outer config ties the head, if it says so.
+            ties = config.get("tie_word_embeddings")
+            config = inner | ({} if ties is None else {"tie_word_embeddings": ties})
         family = config.get("model_type", "")
         if family not in FAMILIES:
             raise UserError(
                 f"config.json: model_type {family!r} is not supported, " + nearest(family, FAMILIES)
             )
         fields = dict(FAMILIES[family], family=family)
-        fields |= {ours: config[theirs] for ours, theirs in _HF_SIZES.items() if theirs in config}
+        fields |= {ours: config[theirs] for ours, theirs in _HF_SIZES.items() if config.get(theirs)}
         missing = [theirs for ours, theirs in _HF_SIZES.items() if ours not in fields]
         if missing:
             raise UserError(f"config.json of a {family} model lacks {', '.join(missing)}")
@@ -158,7 +160,7 @@ def _hf_rope(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, float]
         "rope_theta": config.get("rope_theta") or nested.get("rope_theta") or fields["rope_base"],
         **(config.get("rope_scaling") or {}),
     }
-    if "rope_type" in nested:
+    if not {"full_attention", "sliding_attention"} & nested.keys():
         everywhere |= nested
     full = nested.get("full_attention") or everywhere
     sliding = nested.get("sliding_attention") or {}
@@ -168,7 +170,7 @@ def _hf_rope(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, float]
             f"config.json: RoPE type {kind!r} is not supported (valid: default, linear)"
         )
     base = full.get("rope_theta") or everywhere["rope_theta"]
-    if (own := sliding.get("rope_type", "default")) != "default":
+    if (own := sliding.get("rope_type", sliding.get("type", "default"))) != "default":
         raise UserError(
             f"config.json: RoPE type {own!r} of the local layers is not supported (valid: default)"
         )
@@ -179,7 +181,7 @@ def _hf_rope(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, float]
             "supported (expected none)"
         )
     # Where a family does not tell the two apart, local layers have the base of the others.
-    local = config.get("rope_local_base_freq", fields.get("rope_local_base", base))
+    local = config.get("rope_local_base_freq") or fields.get("rope_local_base", base)
     return {
         "rope_base": float(base),
         "rope_factor": float(factor),

@@ -34,8 +34,9 @@ def find(label: np.ndarray, p: np.ndarray) -> Issues:
     """Label issues of label [n] (-1: none) and out-of-fold probabilities p [n,k].
 
     An example is one where it counts off the diagonal of the joint: of the labels whose p reaches
-    the label's threshold, the likeliest is not its own. Raises UserError without cleanlab, or
-    where a label has no example.
+    the label's threshold, the likeliest is not its own. Where several reach theirs, cleanlab takes
+    the likeliest of all labels, which from three labels on may be one that does not. Raises
+    UserError without cleanlab, or where a label has no example.
     """
     if not importlib.util.find_spec("cleanlab"):
         raise UserError(f"confident learning takes cleanlab; run: {extra('clean')}")

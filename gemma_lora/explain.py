@@ -14,7 +14,7 @@ WORST = 0.05  # a score is a reason where the example is in its highest share of
 # scores that put it among the WORST, and the two that LABEL_REASONS explain.
 LABEL_REASONS = {
     "label_issue": "confident learning doubts the label",
-    "other_label": "another label has the larger p on the mean over evals",
+    "other_label": "the likeliest other label of every eval has on average the larger p",
 }
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "in training and validation": ("overlap",),

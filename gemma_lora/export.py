@@ -33,14 +33,13 @@ from gemma_lora import config as configs
 from gemma_lora.arch import Arch
 from gemma_lora.data.examples import control_end
 from gemma_lora.errors import UserError, run_main
-from gemma_lora.files import path_argument, remote, write_text
+from gemma_lora.files import path_argument, read_json, remote, write_text
 from gemma_lora.lora import LoRAConfig, merge, merged, modules
 from gemma_lora.metrics import banner
 from gemma_lora.model import Transformer, head_weight, logits
 from gemma_lora.reopen import FINGERPRINTS, check_weights
 from gemma_lora.sharding import make_mesh, tree_shardings
 from gemma_lora.tokenizer import Tokenizer
-from gemma_lora.vocabulary import read_json
 from gemma_lora.weights import mapping, peft
 from gemma_lora.weights.pretrained import Pretrained, load_base, open_weights
 from gemma_lora.workdir import read_config, read_records
@@ -264,7 +263,7 @@ def _write_small_files(tuned: Tuned, directory: pathlib.Path, dtype: str) -> Non
     generation = tuned.pretrained.home / "generation_config.json"
     if tuned.pretrained.form == "hf" and generation.exists():
         shutil.copy(generation, directory)
-        said = json.loads(generation.read_text(encoding="utf-8"))
+        said = read_json(generation)
         if (found := _stopping(said, tuned)) != said:
             _write_json(directory / generation.name, found)
     ids = {"bos_token_id": t.bos_id, "eos_token_id": t.eos_id, "pad_token_id": t.pad_id}
@@ -285,14 +284,14 @@ def _write_small_files(tuned: Tuned, directory: pathlib.Path, dtype: str) -> Non
 
 
 def _stopping(config: dict[str, Any], tuned: Tuned) -> dict[str, Any]:
-    """With what ends a turn among the ids that generation stops at, if the run taught turns."""
-    ids, t = config.get("eos_token_id"), tuned.tokenizer
+    """With the token that the run taught as the end among the ids that generation stops at."""
+    ids, t, end = config.get("eos_token_id"), tuned.tokenizer, None
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not tuned.chat:
-        return config
-    text = t.render_chat([{"role": k, "content": "a"} for k in ("user", "assistant")])
-    end = control_end(text, t.encode_batch([text])[0], t)
-    return config if end in (None, *ids) else config | {"eos_token_id": [*ids, end]}
+    if tuned.chat:
+        text = t.render_chat([{"role": k, "content": "a"} for k in ("user", "assistant")])
+        end = control_end(text, t.encode_batch([text])[0], t)
+    end = t.eos_id if end is None else end
+    return config if end in ids else config | {"eos_token_id": [*ids, end]}
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:

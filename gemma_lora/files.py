@@ -8,12 +8,14 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import pathlib
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
@@ -154,3 +156,16 @@ def sha256(path: pathlib.Path) -> str:
     """Hexadecimal SHA-256 of a file, read in chunks."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in `path`; empty where there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON ({e}); get the file again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a JSON {type(found).__name__}, not an object; get it again")
+    return found

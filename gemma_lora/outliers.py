@@ -48,7 +48,7 @@ SCORES = {
     "correctness": "minus the share of tokens that were the first choice, over evals",
     "aum": "minus the margin of the target over the best other token, over evals (Pleiss 2020)",
     "el2n": "norm of the error of p, over the first half of the evals (Paul 2021)",
-    "forgetting": "share of correct tokens lost from eval to eval (after Toneva 2019)",
+    "forgetting": "falls of the share of correct tokens between evals, summed (after Toneva 2019)",
     "label_loss": "-log p of the label among the label words, at the last eval",
     "label_aum": "p of the likeliest other label minus p of the label, over evals",
     "seen_loss": "loss when the example was first trained on, before that step's update, minus the "

@@ -13,7 +13,7 @@ from gemma_lora.data.examples import plain
 from gemma_lora.sums import arithmetic, final_answer
 
 NEAR = 0.6  # Jaccard similarity of two near duplicates, at least
-RARE = 0.1  # a label with a smaller share of the labelled rows is rare
+RARE = 0.2  # a label is rare with a smaller part of an equal share of the labelled rows
 TAIL = 4.0  # robust standard deviations from the median: a length beyond is a tail
 
 RULES: dict[str, str] = {
@@ -62,10 +62,13 @@ def check(rows: list[Row], seq_len: int) -> dict[str, dict[str, str]]:
 
 
 def imbalance(rows: list[Row]) -> dict[int, float] | None:
-    """Label -> share of the labelled rows, of the labels below RARE; None: no row has a label."""
+    """Label -> share of the labelled rows, of the rare ones; None: no row has a label."""
     counts = collections.Counter({r.id: r.label for r in rows if r.label >= 0}.values())
     total = counts.total()
-    return {k: n / total for k, n in sorted(counts.items()) if n < RARE * total} if total else None
+    if not total:
+        return None
+    least = RARE * total / len(counts)
+    return {k: n / total for k, n in sorted(counts.items()) if n < least}
 
 
 def _side(row: Row) -> str:
@@ -75,7 +78,8 @@ def _side(row: Row) -> str:
 # One row by itself.
 
 
-_OPEN = re.compile(r"(?:[,;:([{]|\b(?:a|an|the|and|or|of|to|with|for|from|by|is|are))$", re.I)
+# In small letters: an A may be an answer. A statement of code ends in a semicolon.
+_OPEN = re.compile(r"(?:[,:([{]|\b(?:a|an|the|and|or|of|to|with|for|from|by|is|are))$")
 
 
 def _alone(row: Row, seq_len: int) -> Iterator[tuple[str, str]]:
@@ -117,21 +121,29 @@ def _copies(rows: list[Row]) -> Iterator[tuple[int, str, str]]:
         same: dict[str, list[int]] = collections.defaultdict(list)
         for i in group:
             same[pairs[i][1]].append(i)
-        for i in group:
-            if len(twins := same[pairs[i][1]]) > 1:
-                yield i, "duplicate", _names(rows, i, twins)
-            if not trivial and len(same) > 1:
-                others = [j for j in group if pairs[j][1] != pairs[i][1]]
-                yield i, "conflict", _names(rows, i, others)
-            leaks = [j for j in (twins if trivial else group) if _side(rows[j]) != _side(rows[i])]
-            if leaks:
-                yield i, "overlap", f"{_names(rows, i, leaks)} ({_side(rows[leaks[0]])})"
+        first, *rest = same  # a completion, and those that differ from it
+        for completion, twins in same.items():
+            if len(twins) > 1:
+                for i in twins:
+                    other = twins[1] if i == twins[0] else twins[0]
+                    yield i, "duplicate", _like(rows[other], len(twins) - 1)
+            if not trivial and rest:
+                other = same[rest[0] if completion == first else first][0]
+                for i in twins:
+                    yield i, "conflict", _like(rows[other], len(group) - len(twins))
+        for alike in same.values() if trivial else (group,):
+            sides: dict[str, list[int]] = collections.defaultdict(list)
+            for i in alike:
+                sides[_side(rows[i])].append(i)
+            for here, there in itertools.permutations(sides, 2):
+                why = f"{_like(rows[sides[there][0]], len(sides[there]))} ({there})"
+                for i in sides[here]:
+                    yield i, "overlap", why
 
 
-def _names(rows: list[Row], i: int, others: list[int]) -> str:
-    others = [j for j in others if j != i]
-    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-    return f"like {rows[others[0]].id}{more}"
+def _like(other: Row, count: int) -> str:
+    """count: of the rows meant, of which `other` is one."""
+    return f"like {other.id}" + (f" and {count - 1} more" if count > 1 else "")
 
 
 def _common(count: int) -> float:
@@ -165,7 +177,9 @@ def _near(rows: list[Row]) -> Iterator[tuple[int, str, str]]:
     for k, i in enumerate(kept):
         own = _own(texts[i], template)
         if len(own) >= _FEWEST:
-            minima[k], enough[k] = (factors[:, None] * own).min(1), True
+            parts = (own[at : at + 4096] for at in range(0, len(own), 4096))  # a text may be a book
+            minima[k] = np.min([(factors[:, None] * part).min(1) for part in parts], 0)
+            enough[k] = True
     kept, minima = [i for i, e in zip(kept, enough, strict=True) if e], minima[enough]
     links = []
     for band in range(0, len(factors), _BAND):

@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-_ANNOTATION = re.compile(r"<<([^<>\n]{1,200})>>")
+# With its =: code shifts bits and writes to streams by the same marks.
+_ANNOTATION = re.compile(r"<<([^<>\n]{0,200}=[^<>\n]{0,200})>>")
 _FINAL = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.M)
 # A - that stands behind an operand is not the number's.
 _NUMBER = re.compile(r"(?:(?<![\w)%°'])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", re.A)
@@ -36,7 +37,7 @@ def _contradiction(body: str) -> str:
         return f"<<{body}>>: divides by zero"
     if result is None:
         return ""
-    digits = None if "/" in written else len(written.strip(" $%").partition(".")[2])
+    digits = None if "/" in written else len(written.strip(" $%()").partition(".")[2])
     scales = (1, 100) if "%" in written else (1,)
     for side, value in values:
         if value is not None and not any(_holds(value * s, result, digits) for s in scales):
@@ -67,7 +68,7 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 }
 _ARITHMETIC = re.compile(r"[0-9.+\-*/%() ]+")
 # A % that no operand follows is a percentage; any other is the remainder.
-_PERCENT = re.compile(r"([0-9.]+|\))\s*%(?!\s*[0-9.(])")
+_PERCENT = re.compile(r"([0-9.]+|\([^()]*\))\s*%(?!\s*[0-9.(])")
 _BITS = 1024  # of a numerator or denominator, at most: more is no sum that a text would do
 _DIGITS = 300  # of a number in a text, at most: about what _BITS hold
 
@@ -78,7 +79,7 @@ def evaluate(text: str) -> Fraction | None:
     if not _ARITHMETIC.fullmatch(text):
         return None  # before the parser sees it: no names, strings, calls by name, underscores
     text = re.sub(r"(?<![0-9.])0+(?=[0-9])", "", text)  # Python takes no leading zeros
-    text = _PERCENT.sub(lambda m: "(" * (m[1] != ")") + m[1] + "/100" + ")" * (m[1] != ")"), text)
+    text = _PERCENT.sub(r"(\1/100)", text)
     try:
         return _value(ast.parse(text, mode="eval").body, text)
     except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):

@@ -13,8 +13,8 @@ import tokenizers
 
 from gemma_lora import chat, vocabulary
 from gemma_lora.errors import UserError
-from gemma_lora.files import replace_file, write_text
-from gemma_lora.vocabulary import Vocabulary, read_json
+from gemma_lora.files import read_json, replace_file, write_text
+from gemma_lora.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,7 +139,9 @@ class Tokenizer:
             token = next((t for c in tokens if (t := c.get(f"{name}_token"))), None)
             number = numbers.get(f"{name}_token_id")
             if token is not None:
-                content = token["content"] if isinstance(token, dict) else token
+                content = token.get("content") if isinstance(token, dict) else token
+                if not isinstance(content, str):
+                    raise UserError(f"{folder}: its {name}_token is {token!r}, expected text")
                 ids[f"{name}_id"] = found.backend.token_to_id(content)
                 if ids[f"{name}_id"] is None:
                     raise UserError(
@@ -149,7 +151,12 @@ class Tokenizer:
             elif name == "bos" and "bos_token" in config:
                 ids["bos_id"] = None  # Qwen2 has none, whatever its config.json says
             elif ids[f"{name}_id"] is None and number is not None:
-                ids[f"{name}_id"] = number[0] if isinstance(number, list) else number
+                first = number[0] if isinstance(number, list) and number else number
+                if not isinstance(first, int):
+                    raise UserError(
+                        f"{folder}: {name}_token_id of config.json is {number!r}, expected a number"
+                    )
+                ids[f"{name}_id"] = first
         if ids["eos_id"] is None:
             raise UserError(
                 f"no end-of-text token in {folder}: looked for eos_token in tokenizer_config.json "
@@ -224,9 +231,12 @@ def _find(folder: Path, config: Mapping[str, Any]) -> tuple[Vocabulary, Path]:
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, or the config's: a string, or a list of which 'default' counts."""
     if (path := folder / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeError as e:
+            raise UserError(f"{path} is not UTF-8 ({e}); get the file again") from e
     found = config.get("chat_template")
-    if isinstance(found, list):
+    if isinstance(found, list) and all(isinstance(t, dict) for t in found):
         named = {t.get("name"): t.get("template") for t in found}
         if "default" not in named:
             raise UserError(
@@ -234,6 +244,8 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
                 f"({', '.join(map(str, named))}); put the one to be taken into chat_template.jinja"
             )
         found = named["default"]
+        if "tool_use" in named:  # transformers' choice for rows with tools
+            found = f"{{% if tools %}}{named['tool_use']}{{% else %}}{found}{{% endif %}}"
     if not isinstance(found, str | None):
         raise UserError(
             f"{folder / 'tokenizer_config.json'}: chat_template is a {type(found).__name__}, "

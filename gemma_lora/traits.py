@@ -108,8 +108,8 @@ FEATURES: dict[str, tuple[str, Feature]] = {
 
 def measure(texts: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
     """Every feature [n] of (prompt, completion) pairs: bool, or numbers."""
-    made = [Text(*pair) for pair in texts]
-    return {k: np.array([f(t) for t in made]) for k, (_, f) in FEATURES.items()}
+    found = [[f(text) for _, f in FEATURES.values()] for text in (Text(*pair) for pair in texts)]
+    return {k: np.array(x) for k, x in zip(FEATURES, zip(*found, strict=True), strict=True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +156,14 @@ def _traits(features: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
             continue
         low, high = np.quantile(x, [0.25, 0.75])
         out += [
-            (f"{name}: more than {high:.3g}", x > high),
-            (f"{name}: less than {low:.3g}", x < low),
+            (f"{name}: more than {_short(high)}", x > high),
+            (f"{name}: less than {_short(low)}", x < low),
         ]
     return [(name, has) for name, has in out if has.any() and not has.all()]
+
+
+def _short(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
 SAMPLE = 200  # other examples, whose pairs say how alike two texts are by chance
@@ -173,8 +177,10 @@ def tfidf(texts: Sequence[str], rows: Sequence[int]) -> tuple[csr_array, list[st
     tf = 1 + ln(count in the text), idf = ln(n / texts with the word), over all n texts: the words
     of a template weigh nothing.
     """
-    counts = [collections.Counter(_WORD.findall(t.lower())) for t in texts]
-    among = collections.Counter(w for c in counts for w in c)
+    among: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        among.update(set(_WORD.findall(text.lower())))
+    counts = {i: collections.Counter(_WORD.findall(texts[i].lower())) for i in rows}
     words = sorted({w for i in rows for w in counts[i]})
     column = {w: k for k, w in enumerate(words)}
     where = [(r, column[w], k) for r, i in enumerate(rows) for w, k in counts[i].items()]

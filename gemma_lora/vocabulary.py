@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 
 from gemma_lora.errors import UserError, nearest
-from gemma_lora.files import cache_dir, replace_file
+from gemma_lora.files import cache_dir, read_json, replace_file
 
 # Piece types, numbered alike in SentencePiece's ModelProto and in GGUF's tokenizer.ggml.token_type.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -328,16 +328,3 @@ def _backend_json(
         **parts,
     }
     return json.dumps(spec, ensure_ascii=False, separators=(",", ":"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; empty where there is no such file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON ({e}); get the file again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a JSON {type(found).__name__}, not an object; get it again")
-    return found

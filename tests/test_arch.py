@@ -178,6 +178,8 @@ LOCAL_FACTOR = {"full_attention": {}, "sliding_attention": {"rope_type": "linear
             },
             "'linear' of the local layers",
         ),
+        ({"rope_parameters": {"sliding_attention": {"type": "yarn"}}}, "'yarn' of the local"),
+        ({"rope_parameters": {"type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
         (
             {"model_type": "paligemma", "text_config": tiny.TINY["gemma"]},
             "paligemma.*expected gemma3",
@@ -195,6 +197,22 @@ def test_null_counts_as_absent():
     for name in ("gemma3", "qwen2"):
         bare = {k: v for k, v in tiny.TINY[name].items() if k not in stated}
         assert Arch.from_hf(bare | stated) == Arch.from_hf(bare)
+    null = {"rope_local_base_freq": None}
+    assert Arch.from_hf(tiny.TINY["gemma3"] | null).rope_local_base == 10_000.0
+    with pytest.raises(UserError, match="lacks hidden_size"):
+        Arch.from_hf(tiny.TINY["qwen2"] | {"hidden_size": None})
+
+
+def test_the_older_spelling_of_a_rope_type_counts_inside_the_newer_one():
+    said = {"type": "linear", "factor": 4.0, "rope_theta": 5e4}
+    arch = Arch.from_hf(tiny.TINY["qwen2"] | {"rope_parameters": said})
+    assert (arch.rope_factor, arch.rope_base) == (4.0, 5e4)
+
+
+def test_the_outer_config_of_a_multimodal_model_ties_the_head():
+    config = {"model_type": "gemma3", "text_config": tiny.TINY["gemma3"]}
+    for ties, tied in ((False, False), (None, True), (True, True)):
+        assert Arch.from_hf(config | {"tie_word_embeddings": ties}).tied is tied
 
 
 def test_sliding_qwen_is_refused():

@@ -103,6 +103,18 @@ def test_generation_stops_where_a_run_on_conversations_ends_a_turn(tmp_path, sta
         assert written == {"eos_token_id": [1, end], "top_k": 64}
 
 
+def test_generation_stops_at_the_end_that_a_run_taught(tmp_path):
+    """Also where the base's files name another: an Instruct tokenizer on a base checkpoint."""
+    workdir = write_run(tmp_path, "gemma", {})
+    edit(tmp_path / "base", "config.json", eos_token_id=3)
+    (tmp_path / "base" / "generation_config.json").write_text('{"top_k": 64}')
+    export.export(workdir, "merged", tmp_path / "out")
+    eos = Tokenizer.from_dir(tmp_path / "out").eos_id
+    assert common.read_json(tmp_path / "out" / "config.json")["eos_token_id"] == [3, eos]
+    written = common.read_json(tmp_path / "out" / "generation_config.json")
+    assert written == {"top_k": 64, "eos_token_id": [eos]}
+
+
 def test_an_int8_run_merges_into_the_original_weights(tmp_path):
     workdir = write_run(tmp_path, "gemma", {"quantize": "int8"})
     facts = export.export(workdir, "merged", tmp_path / "out")

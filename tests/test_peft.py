@@ -38,6 +38,18 @@ def write(directory, settings, tensors):
     safetensors.numpy.save_file(tensors, directory / "adapter_model.safetensors")
 
 
+@pytest.mark.parametrize("inner", ["language_model.model.", "model.language_model."])
+def test_adapters_of_a_multimodal_base(inner):
+    """By transformers 4.50 and 4.51, and by those since."""
+    settings, tensors = adapter()
+    config, lora = peft.from_tensors(tensors, settings, ARCH)
+    renamed = {k.replace(".model.layers.", f".{inner}layers."): x for k, x in tensors.items()}
+    assert not renamed.keys() & tensors.keys()
+    again, same = peft.from_tensors(renamed, settings, ARCH)
+    assert again == config
+    jax.tree.map(np.testing.assert_array_equal, same, lora)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_layers_of_other_ranks_and_scales(rslora):
     """Each layer adds alpha / r B A, or alpha / sqrt(r) B A, with its own r and alpha."""
@@ -187,7 +199,7 @@ def test_files_that_are_missing_or_corrupt(tmp_path):
     with pytest.raises(UserError, match=r"adapter_model.safetensors cannot be read"):
         peft.read(tmp_path, ARCH)
     (tmp_path / "adapter_config.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"adapter_config.json is corrupt"):
+    with pytest.raises(UserError, match=r"adapter_config.json holds a JSON list"):
         peft.read(tmp_path, ARCH)
 
 

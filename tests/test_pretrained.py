@@ -54,9 +54,9 @@ def test_the_arch_must_agree_with_config_json(tmp_path):
     text = message(open_weights, str(directory), "gemma3_1bb")
     assert "arch 'gemma3_1bb' is unknown, did you mean gemma3_1b" in text
     assert "gemma3_270m" in message(open_weights, "demo", "gemma3_1b")
-    for broken in ("{", "[1]"):
+    for broken, why in (("{", "is not valid JSON"), ("[1]", "holds a JSON list")):
         (directory / "config.json").write_text(broken)
-        assert "config.json is corrupt" in message(open_weights, str(directory), "auto")
+        assert f"config.json {why}" in message(open_weights, str(directory), "auto")
     (directory / "config.json").write_text('{"model_type": "llama"}')
     assert "model_type 'llama' is not supported" in message(open_weights, str(directory), "auto")
 

@@ -62,6 +62,16 @@ def test_a_prompt_with_two_completions_conflicts():
     assert flagged(rows, "duplicate") == {}
 
 
+def test_many_rows_of_one_prompt_take_no_time_by_pairs():
+    """A tenth of all rows, half of them twice: who is named, and how many."""
+    rows = [row(str(i), "Is it?", str(i // 2 if i < 1000 else i)) for i in range(2000)]
+    rows += [row(f"o{i}", f"{i}?", "no") for i in range(18_000)]
+    conflicts, copies = flagged(rows, "conflict"), flagged(rows, "duplicate")
+    assert len(conflicts) == 2000 and len(copies) == 1000
+    assert conflicts["0"] == "like 2 and 1997 more" and conflicts["1999"] == "like 0 and 1998 more"
+    assert copies["6"] == "like 7" and copies["7"] == "like 6"
+
+
 def test_a_prompt_that_all_rows_share_is_no_conflict_and_no_overlap():
     rows = [
         row(str(i), "Tell me a story.", prose(i), "validation" if i % 3 else "train")
@@ -182,6 +192,8 @@ def test_rows_that_fill_the_length():
         ("1. bread 2. butter 3. cheese", False),
         ("a, b, c, d, data", False),
         ("of the", False),
+        ("SELECT name FROM users WHERE age > 30;", False),
+        ("The correct answer is option A", False),
     ],
 )
 def test_unfinished_completions(completion, bad):
@@ -193,6 +205,7 @@ def test_unfinished_completions(completion, bad):
     "body",
     [
         *("48/2=24", "1/3=.33", "1/3=0.3333", "2/3=.67", "2/3=.66", "2/3=1", "7/2=4", "-5/2=-2.5"),
+        *("10/(5)%=200", "(1+(2+2))%=5%", "1/3=(0.3)"),
         *("20%*50=10", "50*20%=10", "(10+10)%*50=10", "10/20=50%", "10/20*100=50%", "1/3=33.3%"),
         *("1,000*2=2,000", "$5*3=$15", ".5*2=1", "0.1+0.2=.3", "7%3=1", "2**10=1024", "007+1=8"),
         *(
@@ -317,6 +330,7 @@ def test_arithmetic_is_reported_for_its_row():
         ("That is 6.\n#### 7", False),
         ("That is <<5+1=6>>6.", False),
         ("That is <<5+1=6>>6.\n#### none", False),
+        ("x = (a << 16) | (b >> 16);\n#### Step 2: explain", False),
         pytest.param(f"That is <<5+1=6>>6.\n#### 7{'0' * 5000}", False, id="a number of 5001"),
     ],
 )
@@ -340,6 +354,10 @@ def test_imbalance_is_of_labelled_rows_and_none_without_labels():
     assert imbalance(rows + unlabelled) == {1: 0.05}
     assert imbalance([row(str(i), label=i % 2) for i in range(100)]) == {}
     assert imbalance([row(str(i), label=int(i < 10)) for i in range(100)]) == {}  # 10 % is not rare
+    many = [row(str(i), label=i % 14) for i in range(140)]
+    assert imbalance(many) == {}  # each has 7 %, an equal share
+    assert imbalance([*many[14:], row("x", label=0)]) == {}
+    assert imbalance([*many, row("y", label=14)]) == {14: 1 / 141}
     assert imbalance(unlabelled) is None and imbalance([]) is None
 
 

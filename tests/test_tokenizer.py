@@ -124,7 +124,9 @@ def test_where_a_chat_template_comes_from(folder):
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
     config = {"eos_token": "<|im_end|>", "chat_template": named}
     write_json(folder / "tokenizer_config.json", config)
-    assert Tokenizer.from_dir(folder).chat_template == "y"
+    both = Tokenizer.from_dir(folder)
+    for tools, wanted in ((), "y"), (({"name": "f"},), "x"):
+        assert both.render_chat([{"role": "user", "content": "a"}], tools=tools) == wanted
     unnamed = {"chat_template": [{"name": "rag", "template": "x"}]}
     write_json(folder / "tokenizer_config.json", config | unnamed)
     with pytest.raises(UserError, match=r"none of the chat templates is named default \(rag\)"):
@@ -153,6 +155,10 @@ def test_special_ids_in_order_of_preference(folder):
     (folder / "tokenizer_config.json").unlink()
     (folder / "special_tokens_map.json").unlink()
     assert Tokenizer.from_dir(folder).eos_id == start
+    for number in ("1", []):
+        write_json(folder / "config.json", {"eos_token_id": number})
+        with pytest.raises(UserError, match=r"eos_token_id of config.json is .*expected a number"):
+            Tokenizer.from_dir(folder)
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"no end-of-text token.*eos_token in"):
         Tokenizer.from_dir(folder)
@@ -183,10 +189,17 @@ def test_truncation_and_padding_in_the_file_are_ignored(folder):
         ("tokenizer_config.json", "{", r"tokenizer_config.json is not valid JSON"),
         ("tokenizer_config.json", "[]", r"tokenizer_config.json holds a JSON list"),
         ("tokenizer_config.json", '{"eos_token": "</s>"}', r"'</s>' as its eos token"),
+        ("tokenizer_config.json", '{"eos_token": 5}', r"eos_token is 5, expected text"),
+        ("chat_template.jinja", b"\xff", r"chat_template.jinja is not UTF-8"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "<|im_end|>", "chat_template": ["x"]}',
+            "is a list",
+        ),
     ],
 )
 def test_damaged_folder(folder, name, content, message):
-    (folder / name).write_text(content)
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
         Tokenizer.from_dir(folder)
 

@@ -114,6 +114,12 @@ def test_a_tied_head_written_out_is_accepted(tmp_path):
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     save_file(weights, directory / "model.safetensors")
     same(load_dir(directory), want)
+    other = weights["lm_head.weight"].copy()
+    other[-1, -1] += 1
+    for head in (other, other[:-1]):
+        save_file(weights | {"lm_head.weight": head}, directory / "model.safetensors")
+        text = message(load_dir, directory)
+        assert "lm_head.weight is not model.embed_tokens.weight" in text
 
 
 def test_a_file_loads_as_its_directory(tmp_path):

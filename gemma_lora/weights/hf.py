@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
 import ml_dtypes
@@ -71,19 +72,26 @@ class Safetensors:
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
     if path.is_file():
+        if found := re.search(r"-\d{5}-of-(\d{5})\.safetensors$", path.name):
+            raise UserError(
+                f"{path} is one of {int(found[1])} shards: expected the directory that has them all"
+            )
         return [path]
+    # Where both are there, transformers takes the one file, too.
+    if (path / "model.safetensors").exists():
+        return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
     if index.exists():
         try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = json.loads(index.read_text())["weight_map"].values()
+            shards = sorted({path / name for name in names})
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{index} is corrupt: expected an object with a weight_map") from e
-        missing = [s for s in shards if not (path / s).exists()]
-        if missing:
+        if not shards:
+            raise UserError(f"{index} is corrupt: its weight_map is empty")
+        if missing := [s.name for s in shards if not s.exists()]:
             raise UserError(f"{index} names shards that are not there: {', '.join(missing)}")
-        return [path / s for s in shards]
-    if (path / "model.safetensors").exists():
-        return [path / "model.safetensors"]
+        return shards
     raise UserError(
         f"no weights in {path}: expected model.safetensors or model.safetensors.index.json"
     )

@@ -288,12 +288,13 @@ def load(
 
     shapes: tree of ShapeDtypeStruct (the dtype is the one to store; an int8 'w' is quantised here,
     with its 'w_scale' beside it); shardings: the same tree. Beyond the model, one tensor of one
-    layer at a time is in memory. Raises UserError naming every unknown, missing or misshapen tensor
-    before anything is read.
+    layer at a time is in memory. Raises UserError that counts the unknown, missing or misshapen
+    tensors and names the first ones, before anything is read.
     """
     flat, where = flatten(shapes), flatten(shardings)
     table = stored(arch, form)
     _check(tensors, form, arch)
+    _check_tied(tensors, form, arch)
     # One device after another asks for its slice, and fused matrices share a tensor.
     read = functools.lru_cache(maxsize=1)(tensors.read)
 
@@ -354,7 +355,7 @@ def _check(tensors: Tensors, form: str, arch: Arch) -> None:
         raise UserError(f"the checkpoint holds tensors twice: {_some(twice)}")
     extra = set(got) - expected.keys()
     if arch.tied and "head/w" in (rows := FORMS[form](arch)):
-        # A tied head may be written out as well; it is the embedding table again.
+        # A tied head may be written out as well: _check_tied.
         extra.discard(rows["head/w"].name)
     missing = expected.keys() - set(got)
     if missing or extra:
@@ -374,6 +375,24 @@ def _check(tensors: Tensors, form: str, arch: Arch) -> None:
         raise UserError(
             f"{len(wrong)} tensors of the checkpoint have a wrong shape: {_some(wrong)}"
         )
+
+
+def _check_tied(tensors: Tensors, form: str, arch: Arch) -> None:
+    """A tied head that is written out must be the embedding table again."""
+    rows = FORMS[form](arch)
+    if not arch.tied or "head/w" not in rows or rows["head/w"].name not in tensors.names():
+        return
+    table, head = (rows[k] for k in ("embed/w", "head/w"))
+    letters, size = _place(arch, "embed/w")
+    if tuple(tensors.shape(head.name)) in _shapes(head, size).values():
+        both = [_to_ours(tensors.read(row.name), row, letters, size) for row in (table, head)]
+        parts = range(0, size["V"], 4096)
+        if all(np.array_equal(*(x[i : i + 4096] for x in both)) for i in parts):
+            return
+    raise UserError(
+        f"{head.name} is not {table.name}, and the model's config says that they are one "
+        "(tie_word_embeddings): expected false there, or no such tensor"
+    )
 
 
 def _some(items: list[str]) -> str:

@@ -22,7 +22,7 @@ import safetensors.numpy
 
 from gemma_lora.arch import Arch
 from gemma_lora.errors import UserError
-from gemma_lora.files import replace_directory
+from gemma_lora.files import read_json, replace_directory
 from gemma_lora.lora import LoRAConfig, modules, put
 from gemma_lora.model import Transformer
 from gemma_lora.weights import hf
@@ -56,6 +56,8 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 # Where a multimodal model of transformers keeps the text model: model.language_model.layers...
 INNER = "language_model."
+# Where transformers 4.50 and 4.51 had it: language_model.model.layers...
+_OLD = "language_model.model."
 
 
 def export(
@@ -96,10 +98,7 @@ def read(directory: pathlib.Path, arch: Arch) -> tuple[LoRAConfig, dict[str, Any
     absent = [f.name for f in files if not f.exists()]
     if absent:
         raise UserError(f"no PEFT adapter in {directory}: {' and '.join(absent)} missing")
-    try:
-        settings = dict(json.loads(files[0].read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{files[0]} is corrupt: expected a JSON object ({e})") from e
+    settings = read_json(files[0])
     for key, allowed in _SUPPORTED.items():
         if key in settings and settings[key] not in allowed:
             raise UserError(
@@ -152,7 +151,7 @@ def from_tensors(
         rank_pattern=(settings.get("rank_pattern") or {}).items(),
         alpha_pattern=(settings.get("alpha_pattern") or {}).items(),
     )
-    inner = INNER if any(f".{INNER}" in key for key in tensors) else ""
+    inner = next((x for x in (_OLD, INNER) if any(f".{x}layers." in key for key in tensors)), "")
     layers = _layers(settings, stated, arch, inner)
     # All layers of a module get the rank and alpha of one with the largest rank.
     own = {path: max(found.values(), key=lambda c: c.rank) for path, found in layers.items()}
@@ -258,7 +257,8 @@ def _paths(arch: Arch) -> list[str]:
 def _module(path: str, layer: int, arch: Arch, inner: str) -> str:
     """'attn/q_proj' -> 'model.layers.0.self_attn.q_proj'."""
     name = names(arch, "hf")[f"layers/{path}/w"].removesuffix(".weight").format(i=layer)
-    return f"model.{inner}{name.removeprefix('model.')}"
+    name = name.removeprefix("model.")
+    return f"{inner}{name}" if inner == _OLD else f"model.{inner}{name}"
 
 
 def _means(config: LoRAConfig, lora: dict[str, Any]) -> tuple[Any, ...]:

@@ -1,7 +1,6 @@
 """What `config.weights` names: opened, checked against the arch, and put on the devices."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 
 from gemma_lora.arch import ARCHS, Arch, get_arch
 from gemma_lora.errors import UserError, nearest
-from gemma_lora.files import local_path
+from gemma_lora.files import local_path, read_json
 from gemma_lora.files import sha256 as file_sha256
 from gemma_lora.model import Transformer
 from gemma_lora.sharding import tree_shardings
@@ -120,10 +119,7 @@ def _hf(path: pathlib.Path) -> _Opened:
     home = path if path.is_dir() else path.parent
     config, found, stated = home / "config.json", None, {}
     if config.exists():
-        try:
-            stated = dict(json.loads(config.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as e:
-            raise UserError(f"{config} is corrupt: expected a JSON object ({e})") from e
+        stated = read_json(config)
         if quantised := stated.get("quantization_config"):
             how = quantised.get("quant_method", "method unknown")
             raise UserError(

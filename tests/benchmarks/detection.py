@@ -44,6 +44,7 @@ def measure(score: np.ndarray, planted: np.ndarray, kind: str, seed: int = 0) ->
     # A planted row that is drawn twice ranks with itself, which raises the average precision.
     average = METRICS.index("ap")
     draws[:, average] += values[0, average] - draws[:, average].mean()
+    np.clip(draws, 0, 1, out=draws)  # the shift may leave what an average precision can be
     return Measured(values[0], draws, int(missing.sum()))
 
 
