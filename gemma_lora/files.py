@@ -90,6 +90,8 @@ def replace_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~_UMASK)  # mkstemp makes files that only their owner can read
+        with temporary.open("rb") as f:
+            os.fsync(f.fileno())  # or the name may outlive a lost host without what it names
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -111,7 +113,7 @@ def replace_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
                 os.replace(path, old)  # a directory that is full cannot be replaced
             try:
                 os.replace(temporary, path)
-            except OSError:
+            except BaseException:
                 if old.exists():
                     os.replace(old, path)
                 raise

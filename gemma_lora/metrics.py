@@ -6,6 +6,7 @@ Process 0 speaks; the others are silent.
 import contextlib
 import json
 import math
+import os
 import pathlib
 import resource
 import sys
@@ -118,10 +119,12 @@ class Metrics:
             print(line, flush=True)
 
     def save(self) -> None:
-        """Writes what a bucket lacks: before a checkpoint, as none of it comes again after that."""
+        """Puts on the disk what is not there: before a checkpoint, as none of it comes again."""
         if self._on:
             if self._file is None:
                 write_text(self.path, "".join(self._lines))
+            else:
+                os.fsync(self._file.fileno())
             self._board.flush()
 
     def close(self) -> None:

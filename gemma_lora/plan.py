@@ -22,7 +22,7 @@ from gemma_lora.arch import Arch, get_arch
 from gemma_lora.attention import chosen, splits_heads
 from gemma_lora.config import parse_flags
 from gemma_lora.data import sources
-from gemma_lora.data.pipeline import in_steps
+from gemma_lora.data.pipeline import in_steps, total_steps
 from gemma_lora.errors import UserError, nearest, run_main
 from gemma_lora.sharding import bytes_a_device, check_rows, leaves, make_mesh, unsplit
 
@@ -237,7 +237,7 @@ def _steps(config: Any, examples: int) -> tuple[int, int]:
     else:
         fit = examples - held
     each, size = max(1, -(-fit // data.batch_size)), train.eval_examples
-    total = train.max_steps or train.epochs * each
+    total = total_steps(train, each)
 
     def at(every: int) -> set[int]:
         return {0, *range(every, total, every), total} if every else set()

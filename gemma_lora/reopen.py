@@ -13,7 +13,7 @@ from gemma_lora.attention import chosen
 from gemma_lora.checkpoint import Checkpoints
 from gemma_lora.config import check, default
 from gemma_lora.data.dataset import Dataset
-from gemma_lora.data.pipeline import load_data
+from gemma_lora.data.pipeline import load_data, total_steps
 from gemma_lora.errors import UserError
 from gemma_lora.lora import LoRAConfig, started_from_base
 from gemma_lora.metrics import say
@@ -131,8 +131,7 @@ def restored(opened: Run, workdir: pathlib.Path, which: str, base: Any) -> tuple
     Raises UserError where the workdir has no such checkpoint.
     """
     # The optimizer's state is a part of a checkpoint.
-    train = opened.config.train
-    total = train.max_steps or train.epochs * opened.train_set.steps_per_epoch
+    total = total_steps(opened.config.train, opened.train_set.steps_per_epoch)
     tx = optimizer(opened.config.optim, total)
     state = init_state(opened.model, tx, opened.config.seed, opened.mesh)
     if opened.wrap.reads_base:

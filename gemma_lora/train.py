@@ -23,7 +23,7 @@ from gemma_lora.attention import chosen
 from gemma_lora.checkpoint import Checkpoints
 from gemma_lora.compiled import Compiled, keep_compiled
 from gemma_lora.data.dataset import Batch, Dataset
-from gemma_lora.data.pipeline import describe, in_steps, load_data, unshuffled
+from gemma_lora.data.pipeline import describe, in_steps, load_data, total_steps, unshuffled
 from gemma_lora.errors import UserError
 from gemma_lora.files import path_of, write_text
 from gemma_lora.interrupt import Interrupt
@@ -98,6 +98,9 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
     # Three checkpoints of A, B and Adam's two moments, in float32, can be there at once.
     require_space(workdir, 64 * 2**20 + 3 * 12 * count(abstract["lora"]))
     made_with = manifest.facts(config)
+    # Another order of the rows, say, would give the processes parts of different batches.
+    same = json.dumps([made_with["commit"], made_with["versions"]])
+    distributed.agree("the commit and the packages' versions", same)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     name = arch.family if config.arch == "auto" else config.arch
     lengths = (config.data.seq_len, *config.data.buckets)
@@ -124,7 +127,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
     with mark("read data"):
         train_set, validation, probe, counts = load_data(config, tokenizer, arch.vocab)
     steps_per_epoch = train_set.steps_per_epoch
-    total = config.train.max_steps or config.train.epochs * steps_per_epoch
+    total = total_steps(config.train, steps_per_epoch)
     every = in_steps(config.train.eval_every, steps_per_epoch)
     ledger_every = in_steps(config.train.ledger_every, steps_per_epoch)
     whole = [unshuffled(train_set, config)] if ledger_every else []
@@ -405,7 +408,8 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
                 checkpoints.close()
             finally:
                 metrics.close()
-    save_run(status, step)
+    if status != "interrupted" or step != start:  # a start that made nothing changes no record
+        save_run(status, step)
 
     # ---- what is left behind --------------------------------------------------------------------
     if status == "interrupted":

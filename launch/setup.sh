@@ -38,7 +38,8 @@ python=${PYTHON:-$(find_python)}
 echo "installing gemma_lora[$extras] into $venv with $("$python" --version)"
 mkdir -p "$venv"
 echo incomplete > "$venv/.gemma_lora"
-"$python" -m venv "$venv"
+"$python" -m venv --clear "$venv" # of another Python, or one that is gone, links would stay
+echo incomplete > "$venv/.gemma_lora"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
   --constraint constraints.txt --editable ".[$extras]"
 echo "$stamp" > "$venv/.gemma_lora"

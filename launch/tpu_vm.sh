@@ -91,6 +91,7 @@ packages() {
 }
 
 install() {
+  idle
   pack
   call gcloud compute tpus tpu-vm scp "$archive" "$name:gemma_lora.tar.gz" "${where[@]}" \
     --worker=all
@@ -107,7 +108,7 @@ install() {
 alive="kill -0 -- \"-\$(cat gemma_lora/run.pid 2>/dev/null)\" 2>/dev/null"
 busy="if $alive; then echo 'error: a run is under way' >&2; exit 2; fi"
 
-# Ends the script where a run is under way: no file may change below it.
+# Ends the script where a run is under way, below which no file may change.
 idle() { on all "$busy"; }
 
 # Started in a session of its own, so that it outlives the connection. Its shell waits for the
@@ -140,7 +141,7 @@ resume() {
   fi
   case $now in
     # An earlier start may have ended before all was installed, or a host may have been restarted.
-    ACTIVE) idle; install ;;
+    ACTIVE) install ;;
     NONE) create; install ;;
     # Still in the queue: to ask anew would lose the place.
     ACCEPTED | PROVISIONING | CREATING | WAITING_FOR_RESOURCES) await_active; install ;;

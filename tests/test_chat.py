@@ -386,6 +386,8 @@ def test_a_label_that_another_text_makes_another_token():
 
     rows = [{"text": "ab", "label": 1}, {"text": "abc", "label": 1}]
     assert len(tokenized(rows[:1], Pairs(), chat=False, template="{text}{label}").label_tokens) == 2
+    with pytest.raises(UserError, match=r"row r0: the label 'positive' is the first token, which"):
+        tokenized([{"label": 1}], Pairs(), chat=False, template="{label}")
     with pytest.raises(UserError, match=r"row r1: the label 'positive' begins with another token"):
         tokenized(rows, Pairs(), chat=False, template="{text}{label}")
 

@@ -99,7 +99,8 @@ def test_create_waits(launch):
 
 def test_install_puts_the_tree_on_every_host(launch):
     done, calls = launch("tpu_vm.sh", "install", *SLICE, "--nfs", "10.0.0.2:/a b")
-    assert done.returncode == 0 and verbs(calls) == ["git", "scp", "ssh", "ssh"], done.stderr
+    assert done.returncode == 0 and verbs(calls) == ["ssh", "git", "scp", "ssh", "ssh"], done.stderr
+    assert "a run is under way" in calls.pop(0)[-1]
     archive = calls[0][3].removeprefix("--output=")
     assert calls[1][5:] == [archive, "s:gemma_lora.tar.gz", "--zone=z", "--worker=all"]
     assert all("--worker=all" in c for c in calls[1:])
@@ -111,6 +112,21 @@ def test_install_puts_the_tree_on_every_host(launch):
 def test_setup_says_what_it_takes():
     done = subprocess.run(["bash", str(LAUNCH / "setup.sh")], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("usage: launch/setup.sh VENV EXTRAS")
+
+
+@pytest.mark.once
+def test_setup_repairs_a_venv_whose_python_is_gone(tmp_path):
+    """Asked not to fetch anything, pip fails; by then the Python is there again."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(tmp_path / "gone")
+    (venv / ".gemma_lora").write_text("an older stamp")
+    nothing = {"PYTHON": sys.executable, "PIP_NO_INDEX": "1", "PIP_NO_CACHE_DIR": "1"}
+    done = subprocess.run(["bash", str(LAUNCH / "setup.sh"), str(venv), "demo"],
+                          env=os.environ | nothing, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode and "No such file" not in done.stderr, done.stderr
+    assert subprocess.run([venv / "bin" / "python", "-c", ""]).returncode == 0
+    assert (venv / ".gemma_lora").read_text() == "incomplete\n"
 
 
 def test_other_extras_and_what_is_not_committed(launch, monkeypatch):
@@ -193,16 +209,16 @@ def test_stop_lets_the_run_save(launch, tmp_path):
         ("ACTIVE", ["describe", "ssh", "git", "scp", "ssh", "ssh"]),
         (
             "SUSPENDED ACTIVE",
-            ["describe", "delete", "create", "describe", "git", "scp", "ssh", "ssh"],
+            ["describe", "delete", "create", "describe", "ssh", "git", "scp", "ssh", "ssh"],
         ),
         (
             "WAITING_FOR_RESOURCES PROVISIONING ACTIVE",
-            ["describe", "describe", "describe", "git", "scp", "ssh", "ssh"],
+            ["describe", "describe", "describe", "ssh", "git", "scp", "ssh", "ssh"],
         ),
-        ("absent ACTIVE", ["describe", "create", "describe", "git", "scp", "ssh", "ssh"]),
+        ("absent ACTIVE", ["describe", "create", "describe", "ssh", "git", "scp", "ssh", "ssh"]),
         (
             "PROVISIONING fails fails ACTIVE",
-            ["describe", "describe", "describe", "describe", "git", "scp", "ssh", "ssh"],
+            ["describe", "describe", "describe", "describe", "ssh", "git", "scp", "ssh", "ssh"],
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """What a run tells: TensorBoard's events, and that they never stop a run."""
 
+import os
 import struct
 
 import pytest
@@ -71,6 +72,16 @@ def test_no_directory_for_the_events(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("a file")
     write(tmp_path, None, [1]).close()
     assert "TensorBoard's events end here: " in capsys.readouterr().out
+
+
+def test_a_record_is_on_the_disk_before_a_checkpoint_is(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(metrics.os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
+    told = write(tmp_path, None, [1, 2])
+    synced.clear()
+    told.save()
+    assert (tmp_path / "metrics.jsonl").stat().st_ino in synced
+    told.close()
 
 
 def test_an_eval_that_is_due_comes_again(tmp_path):

@@ -127,6 +127,12 @@ def test_sigterm_during_an_evaluation_saves_the_step(straight, inputs, tmp_path,
     assert left(workdir) == left(straight[0])
     opened = reopen.reopen(workdir, "best")
     assert reopen.restored(opened, workdir, "best", reopen.load(opened))[0] == 8
+    if step == 8:  # which every later start of this run evaluates again
+        evals, told = iter([8]), (workdir / "run.json").read_text()
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(evaluate, "metrics", metrics)
+            tiny_run.run(workdir, settings(inputs))
+        assert (workdir / "run.json").read_text() == told and next(evals, None) is None
 
 
 def test_starts_with_other_code_are_told_apart(inputs, tmp_path, monkeypatch):

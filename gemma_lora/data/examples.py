@@ -129,6 +129,11 @@ def _measure(
                 f"it would in {place(sample, where)}; part it from the text before it by a word or "
                 "a line"
             )
+        if label >= 0 and answer == 0 and not tokenizer.add_bos:
+            raise UserError(
+                f"{place(row, where)}: the label {labels[label]!r} is the first token, which "
+                "nothing predicts; expected a text before it"
+            )
         ended = ids[-1:] == [tokenizer.eos_id]  # the text says so itself
         if not ended and not (data.chat and control_end(r.text, encoding, tokenizer) is not None):
             ids.append(tokenizer.eos_id)

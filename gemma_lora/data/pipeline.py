@@ -139,6 +139,11 @@ def in_steps(value: float, steps_per_epoch: int) -> int:
     return max(1, round(value * steps_per_epoch)) if 0 < value < 1 else int(value)
 
 
+def total_steps(train: Any, steps_per_epoch: int) -> int:
+    """The optimizer steps that config.train asks for; early stopping may end a run before."""
+    return train.max_steps or train.epochs * steps_per_epoch
+
+
 def unshuffled(train_set: Dataset, config: Any) -> Dataset:
     """The training examples once each, in a fixed order, in the shapes of the training set."""
     rows, labels = train_set.shapes, train_set.label_tokens
