@@ -141,11 +141,19 @@ def misfit(projected: np.ndarray) -> np.ndarray:
 
     Of gradients as they are the mean is that of the few largest, and near zero after training.
     """
-    lengths = np.linalg.norm(projected.astype(np.float64), axis=1, keepdims=True)
+
+    def parts():  # in float64 all rows at once are twice the memory of the projections
+        for start in range(0, len(projected), _CHUNK):
+            rows = projected[start : start + _CHUNK].astype(np.float64)
+            yield rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
     with np.errstate(invalid="ignore"):
-        own = projected / lengths
-        others = np.nansum(own, axis=0) - np.nan_to_num(own)
-        return 1 - (own * others).sum(1) / np.linalg.norm(others, axis=1)
+        total = sum(np.nansum(own, axis=0) for own in parts())
+        found = []
+        for own in parts():
+            others = total - np.nan_to_num(own)
+            found.append(1 - (own * others).sum(1) / np.linalg.norm(others, axis=1))
+    return np.concatenate(found)
 
 
 def most_alike(projected: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
