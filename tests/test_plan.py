@@ -292,9 +292,16 @@ def test_no_whole_weight_and_no_logits_in_the_program_for_a_tpu(name):
     assert not logits, logits[0]
 
 
-@pytest.mark.usefixtures("tpu_compiler")
-def test_offload_keeps_one_result_of_every_layer_in_the_hosts_memory(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+@pytest.fixture(scope="module")
+def new_cache(tmp_path_factory):
+    """What was compiled before these tests does not count; what one of them compiled does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.mark.usefixtures("tpu_compiler", "new_cache")
+def test_offload_keeps_one_result_of_every_layer_in_the_hosts_memory():
     arch, topology, rows, length = Arch.from_hf(SMALL), "v5e:2x2", 16, 256
     found = {}
     for remat in ("matmuls", "offload"):
@@ -310,10 +317,9 @@ def test_offload_keeps_one_result_of_every_layer_in_the_hosts_memory(tmp_path, m
     assert 0.9 < found["offload"]["flops"] / found["matmuls"]["flops"] <= 1
 
 
-@pytest.mark.usefixtures("tpu_compiler")
-def test_a_tpu_takes_the_same_products_however_the_rows_are_cut(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("tpu_compiler", "new_cache")
+def test_a_tpu_takes_the_same_products_however_the_rows_are_cut():
     """The scan over micro-batches and the rows of its products make up for each other."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # what was compiled before does not count
     found = []
     for micro_batches in (1, 4):
         changes = {"data.seq_len": 256, "data.batch_size": 16}
