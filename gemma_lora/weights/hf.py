@@ -72,7 +72,8 @@ class Safetensors:
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
     if path.is_file():
-        if found := re.search(r"-\d{5}-of-(\d{5})\.safetensors$", path.name):
+        found = re.search(r"-\d{5}-of-(\d{5})\.safetensors$", path.name)
+        if found and int(found[1]) > 1:
             raise UserError(
                 f"{path} is one of {int(found[1])} shards: expected the directory that has them all"
             )
