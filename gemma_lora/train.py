@@ -82,8 +82,8 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
 
     # ---- what and where -------------------------------------------------------------------------
     plain = configs.to_dict(config)
-    begun = claim(workdir, plain, need_bytes=64 * 2**20)
     wrap = LoRAConfig(**config.lora)
+    begun = claim(workdir, plain, need_bytes=64 * 2**20)
     with mark("open weights"):
         pretrained = open_weights(
             config.weights, config.arch, config.weights_sha256, config.tokenizer
@@ -100,7 +100,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
     made_with = manifest.facts(config)
     # Another order of the rows, say, would give the processes parts of different batches.
     same = json.dumps([made_with["commit"], made_with["versions"]])
-    distributed.agree("the commit and the packages' versions", same)
+    distributed.agree("the commit and the versions of Python and the packages", same)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     name = arch.family if config.arch == "auto" else config.arch
     lengths = (config.data.seq_len, *config.data.buckets)

@@ -109,7 +109,7 @@ FEATURES: dict[str, tuple[str, Feature]] = {
 def measure(texts: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
     """Every feature [n] of (prompt, completion) pairs: bool, or numbers."""
     found = [[f(text) for _, f in FEATURES.values()] for text in (Text(*pair) for pair in texts)]
-    return {k: np.array(x) for k, x in zip(FEATURES, zip(*found, strict=True), strict=True)}
+    return {k: np.array([x[i] for x in found]) for i, k in enumerate(FEATURES)}
 
 
 @dataclasses.dataclass(frozen=True)

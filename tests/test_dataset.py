@@ -315,6 +315,18 @@ def test_a_split_of_one_file(tmp_path, tokenizer):
         assert {k: v.shape for k, v in data.batch_at(0).arrays.items()} == shapes
 
 
+def test_what_is_excluded_leaves_the_validation_set_as_it_is(tmp_path, tokenizer):
+    """Runs with and without stay comparable."""
+    c = settings(path=write(tmp_path / "all.jsonl", [f"a{i}" for i in range(40)]))
+    train, validation, _, _ = load_data(c, tokenizer, 128)
+    left_out = {*sorted(ids(train))[:2], *sorted(ids(validation))[:2]}
+    (tmp_path / "ids.txt").write_text("".join(f"{i}\n" for i in left_out))
+    c.data.exclude = str(tmp_path / "ids.txt")
+    fewer, same, _, counts = load_data(c, tokenizer, 128)
+    assert ids(same) == ids(validation) and ids(fewer) == ids(train) - left_out
+    assert counts["excluded"] == 2
+
+
 def test_a_validation_file(tmp_path, tokenizer):
     path = write(tmp_path / "train.jsonl", [f"a{i}" for i in range(20)])
     held = write(tmp_path / "held.jsonl", [f"b{i}" for i in range(6)], size=80)

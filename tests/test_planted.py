@@ -212,6 +212,15 @@ def test_draws_are_the_measures_of_resampled_rows():
     assert first[0][1] < -0.01  # a row that is drawn twice ranks with itself
 
 
+def test_an_average_precision_is_at_most_one_in_every_draw():
+    """Also of scores that find all but one, whose draws are moved to their mean."""
+    kinds = np.array(["a"] * 20 + [""] * 400, object)
+    score = np.arange(420)[::-1].astype(float)
+    score[19] = -1
+    found = detection.measure(score, kinds, "a")
+    assert found.values[1] < 0.96 and found.draws.max() == 1
+
+
 def test_perfect_inverted_and_constant_scores():
     kinds = np.array(["a"] * 5 + [""] * 15, object)
     best = np.arange(20)[::-1].astype(float)

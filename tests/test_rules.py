@@ -62,8 +62,7 @@ def test_a_prompt_with_two_completions_conflicts():
     assert flagged(rows, "duplicate") == {}
 
 
-def test_many_rows_of_one_prompt_take_no_time_by_pairs():
-    """A tenth of all rows, half of them twice: who is named, and how many."""
+def test_of_many_rows_of_one_prompt_one_is_named_and_the_others_counted():
     rows = [row(str(i), "Is it?", str(i // 2 if i < 1000 else i)) for i in range(2000)]
     rows += [row(f"o{i}", f"{i}?", "no") for i in range(18_000)]
     conflicts, copies = flagged(rows, "conflict"), flagged(rows, "duplicate")
@@ -205,7 +204,7 @@ def test_unfinished_completions(completion, bad):
     "body",
     [
         *("48/2=24", "1/3=.33", "1/3=0.3333", "2/3=.67", "2/3=.66", "2/3=1", "7/2=4", "-5/2=-2.5"),
-        *("10/(5)%=200", "(1+(2+2))%=5%", "1/3=(0.3)"),
+        *("10/(5)%=200", "1/3=(0.3)"),
         *("20%*50=10", "50*20%=10", "(10+10)%*50=10", "10/20=50%", "10/20*100=50%", "1/3=33.3%"),
         *("1,000*2=2,000", "$5*3=$15", ".5*2=1", "0.1+0.2=.3", "7%3=1", "2**10=1024", "007+1=8"),
         *(

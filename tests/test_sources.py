@@ -84,6 +84,7 @@ def test_an_id_that_no_list_of_ids_could_name(bad, tmp_path):
     [
         (b'{"a": 1', "not JSON"),
         (b'{"a": "\xff"}', "not JSON"),
+        pytest.param(b"[" * 200_000, "not JSON", id="nested"),
         (b"[1, 2]", "expected an object, got '[1, 2]'"),
         (b'"text"', "expected an object"),
     ],

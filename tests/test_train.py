@@ -229,9 +229,25 @@ def test_base_weights_that_are_not_finite(inputs, tmp_path, monkeypatch):
     assert read_json(tmp_path / "report.json")["validation"]["loss"]["start"] is None
 
 
+def test_an_eval_with_a_loss_that_is_not_finite_is_not_the_best(inputs, tmp_path, monkeypatch):
+    """Here of an example of the probe: the validation loss is finite, and the smallest so far."""
+    splits = []
+
+    def not_finite(rows):
+        splits.append(rows["split"][0])
+        return list(rows["id"][:1]) if splits.count("train_probe") == 2 else []
+
+    monkeypatch.setattr(evaluate, "not_finite", not_finite)
+    with pytest.raises(UserError, match=r"at step 3, .*the adapter is that of step 0"):
+        tiny_run.run(tmp_path, settings(inputs))
+    first, second = (r["validation/loss"] for r in records(tmp_path, "eval"))
+    assert second < first and read_json(tmp_path / "run.json")["best_step"] == 0
+
+
 @pytest.mark.parametrize(
     "changes,message",
     [
+        ({"lora.rank": 0}, "lora.rank is 0, expected a whole number, at least 1"),
         ({"lora.targets": "w_[qk]"}, "matches no module. Names: attn/k_proj"),
         ({"data.batch_size": 6, "train.micro_batches": 4}, "data.batch_size 6 is not a multiple"),
         ({"data.seq_len": 8, "data.loss_on": "completion"}, "data.seq_len 8"),

@@ -102,7 +102,7 @@ def _jsonl(file: pathlib.Path) -> Iterator[Row]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise UserError(f"{file}, line {number}: not JSON: {_line(e)}") from e
             if not isinstance(row, dict):
                 shown = line.strip()[:60].decode(errors="replace")
@@ -113,7 +113,7 @@ def _jsonl(file: pathlib.Path) -> Iterator[Row]:
 def _json(file: pathlib.Path) -> Iterable[Row]:
     try:
         rows = json.loads(file.read_bytes())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: not JSON: {_line(e)} (one object a line is .jsonl)") from e
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
         raise UserError(f"{file}: expected a list of objects (one object a line is .jsonl)")
