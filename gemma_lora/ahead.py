@@ -30,6 +30,20 @@ from gemma_lora.step import jit_eval_step, jit_train_step, state_maker
 from gemma_lora.weights.pretrained import build_model
 
 STEPS = ("train", "eval")
+MOST_ON_HOST = 1024
+
+
+def host_devices(topology: str) -> int:
+    """'cpu:8' -> 8, the devices it takes of this host; of a TPU's topology 0.
+
+    Raises UserError for a number that JAX does not make on a host within a minute.
+    """
+    kind, _, size = topology.partition(":")
+    if kind != "cpu":
+        return 0
+    if not re.fullmatch("[0-9]{1,4}", size) or not 0 < int(size) <= MOST_ON_HOST:
+        raise UserError(f"topology {topology!r}: expected cpu:1 to cpu:{MOST_ON_HOST}")
+    return int(size)
 
 
 def devices_of(topology: str) -> list[Any]:
@@ -37,11 +51,10 @@ def devices_of(topology: str) -> list[Any]:
 
     Raises UserError for a topology there is none of, or without the TPU's compiler.
     """
-    kind, _, size = topology.partition(":")
-    if kind == "cpu":
-        if not size.isdigit() or not 0 < int(size) <= len(jax.devices("cpu")):
-            raise UserError(f"topology {topology!r}: expected 1 to {len(jax.devices('cpu'))} CPUs")
-        return jax.devices("cpu")[: int(size)]
+    if n := host_devices(topology):
+        if n > len(jax.devices("cpu")):
+            raise UserError(f"topology {topology!r}: JAX has {len(jax.devices('cpu'))} CPU devices")
+        return jax.devices("cpu")[:n]
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # its answer would take minutes to stay out
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is run, nothing is shared
     try:

@@ -8,7 +8,7 @@ reports of Gemma (arXiv:2403.08295, 2408.00118, 2503.19786) and Qwen2 (arXiv:240
 import dataclasses
 from typing import Any
 
-from gemma_lora.errors import UserError, nearest
+from gemma_lora.errors import UserError, nearest, require_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +284,5 @@ ARCHS: dict[str, Arch] = {
 
 def get_arch(name: str) -> Arch:
     """The entry of ARCHS called `name`; raises UserError with the nearest names."""
-    if name not in ARCHS:
-        raise UserError(f"arch {name!r} is unknown, {nearest(name, ARCHS)}")
+    require_name("arch", name, ARCHS)
     return ARCHS[name]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma_lora.arch import Arch
-from gemma_lora.errors import UserError, nearest
+from gemma_lora.errors import UserError, require_name
 from gemma_lora.layers import dot
 from gemma_lora.sharding import spec
 
@@ -33,8 +33,7 @@ def choose(
 
     Raises UserError for an unknown name, and where the implementation asked for cannot be used.
     """
-    if name not in NAMES:
-        raise UserError(f"attention {name!r} is unknown, {nearest(name, NAMES)}")
+    require_name("attention", name, NAMES)
     device = (mesh.devices.flat if mesh else jax.devices())[0]
     platform = device.platform
     half = "it multiplies in bfloat16, and dtype is float32" if dtype == jnp.float32 else ""

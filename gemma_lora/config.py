@@ -6,12 +6,18 @@ import pathlib
 import re
 import sys
 import traceback
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from gemma_lora.errors import UserError, nearest
+from gemma_lora.attention import NAMES
+from gemma_lora.data.examples import LOSS_ON
+from gemma_lora.errors import UserError, nearest, require_name
+from gemma_lora.layers import QUANTIZE
+from gemma_lora.model import REMAT
+from gemma_lora.optim import SCHEDULES
 
 
 def default() -> ConfigDict:
@@ -133,11 +139,15 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"{key} is {got[key]!r}, expected a {type(usual).__name__}")
         if isinstance(usual, float) and not math.isfinite(got[key]):
             raise UserError(f"{key} is {got[key]}, expected a finite number")
+        if isinstance(usual, int) and key != "seed" and got[key] > _MOST:
+            raise UserError(f"{key} is {got[key]}, expected at most {_MOST}")
     if config.seed >= 2**32:  # of which JAX's keys are made
         raise UserError(f"seed is {config.seed}, expected less than 2**32")
     if config.dtype not in ("bfloat16", "float32"):
         why = ": Gemma overflows in float16 and gives NaN" if config.dtype == "float16" else ""
         raise UserError(f"dtype {config.dtype!r}{why}; expected bfloat16 or float32")
+    for key, names in _NAMES.items():
+        require_name(key, got[key], names)
     for key, least in _LEAST.items():
         if not got[key] >= least:
             raise UserError(f"{key} is {got[key]}, expected at least {least}")
@@ -185,6 +195,17 @@ def _check_buckets(buckets: list[Any], data: Any) -> None:
         )
 
 
+# Of what the keys name one: those of other modules, so that a name is refused before any work.
+_NAMES: dict[str, Collection[str]] = {
+    "remat": REMAT,
+    "attention": NAMES,
+    "quantize": ("", *QUANTIZE),
+    "data.loss_on": LOSS_ON,
+    "optim.schedule": SCHEDULES,
+}
+
+_MOST = 2**31 - 1  # of what is counted; positions and indices are int32
+
 # The smallest value of a key; where 0 means 'off' or 'all', less than that means nothing.
 _LEAST = {
     "head.chunk": 1,
@@ -225,7 +246,7 @@ def parse_flags(required: tuple[str, ...] = ("config",)) -> ConfigDict:
         raise UserError(_explain(e, path)) from e
     if len(rest) > 1:
         raise UserError(f"command line: {rest[1]!r} is no flag (flags look like --config.seed=1)")
-    missing = [f"--{name}" for name in required if flags.FLAGS[name].value in (None, "")]
+    missing = [f"--{name}" for name in required if flags.FLAGS[name].value in (None, "", [])]
     if not usable:
         raise UserError(f"config file {path}: get_config() gave {config!r}, not a ConfigDict")
     if missing:
@@ -280,6 +301,8 @@ def _explain(error: Exception, path: str) -> str:
         line = e.lineno if isinstance(e, SyntaxError) else frames[-1].lineno if frames else None
         if line is not None:
             return f"config file {path}, line {line}: {type(e).__name__}: {_one_line(e)}"
+        if isinstance(e, SyntaxError):  # of no line: a file of bytes
+            return f"config file {path} is not Python: {_one_line(e)}"
     if "has no attribute 'get_config'" in str(error):
         return f"config file {path} has no function get_config()"
     if found := re.match(r"flag --(?:no)?config\.([^=]+)=(.*?): ", str(error), re.DOTALL):

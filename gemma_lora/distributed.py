@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma_lora.errors import UserError, run_main
+from gemma_lora.errors import Parser, UserError, run_main
 
 LOST = 75  # exit status of a process whose companions are gone; EX_TEMPFAIL: try again
 # What XLA says of a program of this process alone.
@@ -74,14 +74,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     os._exit(code)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}")
-
-
 def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """(these flags, the other arguments); UserError for flags that do not go together."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--coordinator")
     for name, usual in (
         ("processes", None), ("process", None), ("connect_timeout", 300), ("heartbeat_timeout", 100)

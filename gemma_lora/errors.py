@@ -1,10 +1,12 @@
-"""The one exception a user is meant to read, and what its messages name: choices, a command."""
+"""The one exception a user is meant to read, what its messages name (choices, a command), and the
+command lines that raise it."""
 
+import argparse
 import difflib
 import errno
 import sys
-from collections.abc import Callable, Iterable
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -21,40 +23,76 @@ def extra(name: str) -> str:
 
 def nearest(got: str, valid: Iterable[str]) -> str:
     """'did you mean a, b? (valid: ...)' for an unknown name; lists at most a dozen names."""
-    valid = sorted(map(str, valid))
+    valid = sorted(str(x) or "''" for x in valid)
     close = difflib.get_close_matches(str(got), valid, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(close)}? " if close else ""
     more = f", ... {len(valid) - 12} more" if len(valid) > 12 else ""
     return f"{hint}(valid: {', '.join(valid[:12])}{more})"
 
 
+def require_name(what: str, got: Any, valid: Iterable[str]) -> None:
+    """Raises UserError where `got` is none of the valid names of a setting, `what`."""
+    if got not in valid:
+        raise UserError(f"{what} {got!r} is unknown, {nearest(got, valid)}")
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are UserErrors; --help shows the module's docstring.
+
+    module: the name of the module that `python -m` runs, doc: its docstring.
+    """
+
+    def __init__(self, module: str = "", doc: str = "", **settings: Any):
+        super().__init__(
+            prog=f"python -m {module}",
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **settings,
+        )
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse's; names the flag that is unknown before one that it may have been."""
+        args = sys.argv[1:] if args is None else args
+        for name in (arg.partition("=")[0] for arg in args):
+            if name.startswith("--") and name not in self._option_string_actions:
+                flags = [x for x in self._option_string_actions if x.startswith("--")]
+                raise UserError(f"command line: {name} is unknown, {nearest(name, flags)}")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}")
+
+
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Runs an entry point; a UserError, what the system says of a file or disk, or that a device's
-    memory is too small becomes 'error: ...' on stderr and exit status 2."""
+    """Runs an entry point; a UserError, what the system says of a file or disk, or that a memory is
+    too small becomes 'error: ...' on stderr and exit status 2."""
     try:
         main()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        _fail(str(e))
     except OSError as e:  # of a file or disk: unreadable, gone, full (which names no file)
         if not e.filename and e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f"{e.filename}: " if e.filename else ""
-        print(f"error: {where}{e.strerror}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        _fail(f"{where}{e.strerror}")
+    except MemoryError as e:
+        _fail(f"the memory of this host does not suffice: {str(e) or 'no more was given'}")
     except RuntimeError as e:  # of JAX, of which this module imports nothing
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        print(
-            f"error: the memory of a device does not suffice: {str(e).splitlines()[0]}; a "
+        _fail(
+            f"the memory of a device does not suffice: {str(e).splitlines()[0]}; a "
             "smaller data.batch_size or data.seq_len needs less, as do, in training, more "
             "train.micro_batches, remat=full or quantize=int8; python -m gemma_lora.plan says how "
-            "much",
-            file=sys.stderr,
-            flush=True,
+            "much"
         )
-        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
     raise SystemExit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from None

@@ -290,6 +290,9 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     distributed.agree("the command", json.dumps([to_dict(config), str(adapter)], sort_keys=True))
     if (out / "config.json").exists():  # its ledger would be overwritten
         raise UserError(f"--out {out} is the workdir of a training run; give another directory")
+    sources.check_place(config.data.source, config.data.path)
+    if adapter:
+        peft.require(adapter)
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
     wrap, lora = peft.read(adapter, pretrained.arch) if adapter else (no_wrap, {})
     where = config.data.path or config.data.source

@@ -11,7 +11,6 @@ check runs in float32 and holds at most two copies of the model on the devices. 
 it has passed, whole.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -32,7 +31,7 @@ import numpy as np
 from gemma_lora import config as configs
 from gemma_lora.arch import Arch
 from gemma_lora.data.examples import control_end
-from gemma_lora.errors import UserError, run_main
+from gemma_lora.errors import Parser, UserError, run_main
 from gemma_lora.files import path_argument, read_json, remote, write_text
 from gemma_lora.lora import LoRAConfig, merge, merged, modules
 from gemma_lora.metrics import banner
@@ -393,7 +392,7 @@ def _within(what: str, differences: np.ndarray, rows: np.ndarray, limit: float) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Export the result of a training run.")
+    parser = Parser("gemma_lora.export", __doc__)
     parser.add_argument("--workdir", required=True, type=path_argument)
     parser.add_argument("--format", required=True, choices=("peft", "merged"))
     parser.add_argument("--out", required=True, type=path_argument, help="a new directory")

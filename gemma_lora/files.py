@@ -48,7 +48,9 @@ def path_of(text: str) -> pathlib.Path | epath.Path:
 
 
 def local_path(text: str) -> pathlib.Path:
-    """With the home directory for ~; raises UserError where there is none, and for a URL."""
+    """With the home directory for ~; raises UserError where there is none, for a URL and for ''."""
+    if not text:
+        raise UserError("expected a path, got ''")
     if _URL.match(text):
         raise UserError(f"{text}: expected a local path")
     try:

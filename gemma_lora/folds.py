@@ -8,7 +8,6 @@ Folds that are done are kept: the same command continues. On several hosts each 
 with the flags of gemma_lora/distributed.py.
 """
 
-import argparse
 import hashlib
 import pathlib
 from typing import Any
@@ -24,7 +23,7 @@ from gemma_lora.compiled import keep_compiled
 from gemma_lora.data.dataset import Dataset
 from gemma_lora.data.examples import plain
 from gemma_lora.data.pipeline import dataset
-from gemma_lora.errors import UserError
+from gemma_lora.errors import Parser, UserError
 from gemma_lora.evaluate import completion_part
 from gemma_lora.files import path_argument, require_writable
 from gemma_lora.metrics import say
@@ -147,7 +146,7 @@ def _scores(rows: dict[str, np.ndarray], held: Dataset) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Out-of-fold losses of a run's examples.")
+    parser = Parser("gemma_lora.folds", __doc__)
     parser.add_argument("--workdir", required=True, type=path_argument)
     parser.add_argument("--folds", type=int, default=2)
     options = parser.parse_args()

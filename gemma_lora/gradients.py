@@ -15,7 +15,6 @@ projected gradients, the first the most (as LESS does, arXiv:2402.04333). TracIn
 Letters: B rows of a batch, n examples, m --dimension.
 """
 
-import argparse
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +31,7 @@ from gemma_lora.attention import choose
 from gemma_lora.compiled import keep_compiled
 from gemma_lora.data.dataset import Dataset, shapes
 from gemma_lora.data.pipeline import dataset
-from gemma_lora.errors import UserError, run_main
+from gemma_lora.errors import Parser, UserError, run_main
 from gemma_lora.evaluate import write_table
 from gemma_lora.files import path_argument, require_writable
 from gemma_lora.loss import Sweep
@@ -198,7 +197,7 @@ def run(workdir: pathlib.Path, which: str, m: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Gradients of a run's training examples.")
+    parser = Parser("gemma_lora.gradients", __doc__)
     parser.add_argument("--workdir", required=True, type=path_argument)
     parser.add_argument("--step", choices=STEPS, default=STEPS[0])
     parser.add_argument("--dimension", type=int, default=1024, help="of the projected gradients")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_lora.adapters import INITS, VARIANTS, Leaves
-from gemma_lora.errors import UserError, nearest
+from gemma_lora.errors import UserError, require_name
 from gemma_lora.layers import dequantized
 
 # Names for common target sets; anything else is a regular expression.
@@ -55,8 +55,7 @@ class LoRAConfig:
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"lora.dropout is {self.dropout}, expected 0 <= dropout < 1")
         for key, table in (("variant", VARIANTS), ("init", INITS)):
-            if (got := getattr(self, key)) not in table:
-                raise UserError(f"lora.{key} {got!r} is unknown, {nearest(got, table)}")
+            require_name(f"lora.{key}", getattr(self, key), table)
         try:
             re.compile(self.pattern)
         except re.error as e:

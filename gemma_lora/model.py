@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from gemma_lora.arch import Arch
 from gemma_lora.attention import attention, choose
-from gemma_lora.errors import UserError, nearest
+from gemma_lora.errors import require_name
 from gemma_lora.layers import (
     MLP,
     QUANTIZE,
@@ -114,11 +114,8 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array, segments: jax.Array, positions: jax.Array) -> jax.Array:
         a = self.arch
-        if self.remat not in REMAT:
-            raise UserError(f"remat {self.remat!r} is unknown, {nearest(self.remat, REMAT)}")
-        if self.quantize and self.quantize not in QUANTIZE:
-            near = nearest(self.quantize, QUANTIZE)
-            raise UserError(f"quantize {self.quantize!r} is unknown, {near}; '' is off")
+        require_name("remat", self.remat, REMAT)
+        require_name("quantize", self.quantize, ("", *QUANTIZE))
         table = self.embedding("embed")
         x = jnp.take(jax.lax.stop_gradient(table), tokens, axis=0).astype(self.dtype)
         x = split_rows(x, self.mesh)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from gemma_lora.errors import UserError, nearest
+from gemma_lora.errors import UserError, require_name
 
 # What follows the warmup: (peak, steps of decay) -> schedule. They are Hugging Face's.
 SCHEDULES = {
@@ -20,10 +20,7 @@ def schedule(optim: Any, steps: int) -> optax.Schedule:
 
     As transformers' get_scheduler: update i < warmup uses lr * i / warmup.
     """
-    if optim.schedule not in SCHEDULES:
-        raise UserError(
-            f"optim.schedule {optim.schedule!r} is unknown, {nearest(optim.schedule, SCHEDULES)}"
-        )
+    require_name("optim.schedule", optim.schedule, SCHEDULES)
     warmup = optim.warmup_steps
     if not 0 <= warmup < steps:
         raise UserError(f"optim.warmup_steps is {warmup}, expected 0 <= it < {steps} steps in all")

@@ -8,7 +8,6 @@ marks, DIR/review.csv and review.html. It takes a run with train.ledger_every. L
 e evals.
 """
 
-import argparse
 import dataclasses
 import pathlib
 from collections.abc import Iterable
@@ -21,11 +20,11 @@ import pyarrow.parquet
 import scipy
 
 from gemma_lora import review, rules
-from gemma_lora.errors import UserError, run_main
+from gemma_lora.errors import Parser, UserError, run_main
 from gemma_lora.evaluate import column_names, completion_part, read_table, write_table
 from gemma_lora.explain import code, explain
 from gemma_lora.files import path_argument, require_writable, write_text
-from gemma_lora.workdir import ledger_files, read_config
+from gemma_lora.workdir import ledger_files, read_config, require
 
 RUNNING = 101  # examples that a running median is over
 
@@ -366,7 +365,9 @@ def mine(
 
     top: None: TOP, or all where there are fewer.
     """
+    require(workdir)
     ledger = read_ledger(workdir)
+    review.read_marks(workdir / "review.csv", list(ledger.ids))  # refused before minutes of work
     columns = score(workdir, ledger)
     if not np.isfinite(columns["loss"]).any():
         raise UserError(f"no loss of the training examples in {workdir} is finite: nothing to rank")
@@ -393,7 +394,7 @@ def mine(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Mine the outliers of a run's training examples.")
+    parser = Parser("gemma_lora.outliers", __doc__)
     parser.add_argument("--workdir", required=True, type=path_argument)
     parser.add_argument("--top", type=int, help=f"how many to show or filter ({TOP})")
     parser.add_argument("--write-filtered", type=path_argument, help="a file for data.exclude")

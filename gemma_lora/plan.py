@@ -375,12 +375,9 @@ def main() -> None:
     flags.DEFINE_bool("json", False, "Print JSON instead of the table.")
     config = parse_flags(("config", "topology"))
     asked = flags.FLAGS
-    hosts = [t.partition(":")[2] for t in asked.topology if t.startswith("cpu:")]
     jax.config.update("jax_platforms", "cpu")  # nothing is run; a TPU that is here stays free
-    if hosts:
-        jax.config.update(
-            "jax_num_cpu_devices", max((int(n) for n in hosts if n.isdigit()), default=1)
-        )
+    if hosts := max(map(ahead.host_devices, asked.topology)):
+        jax.config.update("jax_num_cpu_devices", hosts)
     if config.arch == "auto":
         raise UserError("arch is 'auto', which the weights would say; give --config.arch")
     jobs = [Job(get_arch(config.arch), config, topology) for topology in asked.topology]
@@ -404,6 +401,8 @@ def main() -> None:
         rows.append(plan(job, examples, prices))
         if asked.largest and "error" not in rows[-1]:
             rows[-1]["largest"] = largest(job)
+    if all("error" in row for row in rows):
+        raise UserError("; ".join(f"{row['topology']} cannot run: {row['error']}" for row in rows))
     if asked.json:
         print(json.dumps({"rows": rows, "assumptions": ASSUMPTIONS, "prices": prices}, indent=2))
     else:

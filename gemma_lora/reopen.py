@@ -52,10 +52,10 @@ def reopen(workdir: pathlib.Path, which: str = "0") -> Run:
 
     which: the one of STEPS to be `restored` later, which a workdir without a checkpoint lacks.
     """
+    config = _read_config(workdir)
     checkpoints = workdir / "checkpoints"
     if which != "0" and not any(p.name.isdigit() for p in checkpoints.glob("*")):
-        raise UserError(f"{checkpoints} holds no checkpoint: expected a run's workdir, or --step 0")
-    config = _read_config(workdir)
+        raise UserError(f"{checkpoints} holds no checkpoint: expected --step 0")
     [begun], _ = read_records(workdir / "run.json", (*FINGERPRINTS, "best_step"))
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
     wrap = LoRAConfig(**config.lora)

@@ -23,7 +23,14 @@ from gemma_lora.attention import chosen
 from gemma_lora.checkpoint import Checkpoints
 from gemma_lora.compiled import Compiled, keep_compiled
 from gemma_lora.data.dataset import Batch, Dataset
-from gemma_lora.data.pipeline import describe, in_steps, load_data, total_steps, unshuffled
+from gemma_lora.data.pipeline import (
+    check_files,
+    describe,
+    in_steps,
+    load_data,
+    total_steps,
+    unshuffled,
+)
 from gemma_lora.errors import UserError
 from gemma_lora.files import path_of, write_text
 from gemma_lora.interrupt import Interrupt
@@ -83,6 +90,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
     # ---- what and where -------------------------------------------------------------------------
     plain = configs.to_dict(config)
     wrap = LoRAConfig(**config.lora)
+    check_files(config.data)
     begun = claim(workdir, plain, need_bytes=64 * 2**20)
     with mark("open weights"):
         pretrained = open_weights(

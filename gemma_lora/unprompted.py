@@ -13,7 +13,6 @@ A hard completion is hard either way; one that answers another prompt gains noth
 NaN where a row was cut before its completion.
 """
 
-import argparse
 import dataclasses
 import pathlib
 from typing import Any
@@ -26,7 +25,7 @@ from gemma_lora.compiled import keep_compiled
 from gemma_lora.data.dataset import shapes
 from gemma_lora.data.examples import Example
 from gemma_lora.data.pipeline import dataset
-from gemma_lora.errors import UserError, run_main
+from gemma_lora.errors import Parser, UserError, run_main
 from gemma_lora.evaluate import ledger_rows, write_table
 from gemma_lora.files import path_argument, require_writable
 from gemma_lora.metrics import say
@@ -108,7 +107,7 @@ def run(workdir: pathlib.Path, which: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Losses of completions without their prompts.")
+    parser = Parser("gemma_lora.unprompted", __doc__)
     parser.add_argument("--workdir", required=True, type=path_argument)
     parser.add_argument("--step", choices=STEPS, default="last")
     options = parser.parse_args()

@@ -16,8 +16,8 @@ from typing import IO, Any
 import jax
 
 from gemma_lora import distributed
-from gemma_lora.config import differences
-from gemma_lora.errors import UserError
+from gemma_lora.config import default, differences, to_dict
+from gemma_lora.errors import UserError, nearest
 from gemma_lora.files import remote, write_text
 
 _locked: IO[str] | None = None
@@ -114,17 +114,29 @@ def ledger_files(workdir: pathlib.Path, kind: str) -> dict[int, pathlib.Path]:
     return dict(sorted(found.items()))
 
 
+def require(workdir: pathlib.Path) -> None:
+    """Raises UserError where `workdir` is no run's: not there, or without a config.json."""
+    file = workdir / "config.json"
+    if file.exists():
+        return
+    why = f"{file} is missing" if workdir.is_dir() else "there is no such directory"
+    runs = [p.parent.name for p in workdir.parent.glob("*/config.json")]
+    near = f"; {nearest(workdir.name, runs)}" if runs else ""
+    raise UserError(f"{workdir} is not the workdir of a run: {why}{near}")
+
+
 def read_config(workdir: pathlib.Path, keys: tuple[str, ...]) -> dict[str, Any]:
     """The config.json of a run; UserError where it is missing, damaged or lacks one of the keys."""
-    path = workdir / "config.json"
-    try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(
-            f"{workdir} is not the workdir of a run: {path.name} is missing or damaged: {e}"
-        ) from e
+    require(workdir)
+    path, usual = workdir / "config.json", to_dict(default())
+    [found], _ = read_records(path, ())
     if missing := [k for k in keys if k not in found]:
         raise UserError(f"{path} is not the config of a run: it lacks {', '.join(missing)}")
+    for k in keys:
+        if type(found[k]) is not type(usual[k]):
+            raise UserError(
+                f"{path} is damaged: {k} is {found[k]!r}, expected a {type(usual[k]).__name__}"
+            )
     return found
 
 

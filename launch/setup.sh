@@ -6,6 +6,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -eq 2 ] || { echo "usage: launch/setup.sh VENV EXTRAS, such as launch/setup.sh .venv demo" >&2; exit 2; }
 venv=$1 extras=$2
+for extra in ${extras//,/ }; do
+  grep -q "^$extra = \[" pyproject.toml || {
+    echo "error: there is no extra $extra, but: $(sed -n '/^\[project.optional-dep/,/^$/s/ = \[.*//p' pyproject.toml | xargs)" >&2
+    exit 2
+  }
+done
 
 works() { "$1" -c 'import sys, venv, ensurepip; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null; }
 

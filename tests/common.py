@@ -9,7 +9,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +21,7 @@ import tiny
 
 from gemma_lora.arch import Arch
 from gemma_lora.data.examples import Example
+from gemma_lora.errors import UserError
 from gemma_lora.lora import from_base
 from gemma_lora.model import Transformer, head_weight, logits, no_wrap
 from gemma_lora.sharding import make_mesh, tree_shardings
@@ -62,6 +63,31 @@ def needs(package: str):
     if os.environ.get("GEMMA_LORA_REQUIRE_LIVE"):
         return importlib.import_module(package)
     return pytest.importorskip(package, reason=f"{package} is not installed")
+
+
+DATA = pathlib.Path(
+    os.environ.get("GEMMA_LORA_DATA") or pathlib.Path(__file__).parents[2] / "shared" / "data"
+)
+
+
+def rows_of(name: str) -> pathlib.Path:
+    """The file of real rows DATA/name/train.jsonl; skips, saying where it looked, where it is not.
+
+    DATA is $GEMMA_LORA_DATA, by default shared/data beside the checkout: the rows are not ours to
+    keep in it.
+    """
+    path = DATA / name / "train.jsonl"
+    if not path.exists():
+        pytest.skip(f"there is no {path}: GEMMA_LORA_DATA names the directory of the real rows")
+    return path
+
+
+def message(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """The text of the UserError that a call raises, which must be one line."""
+    with pytest.raises(UserError) as e:
+        call(*args, **kwargs)
+    assert "\n" not in str(e.value)
+    return str(e.value)
 
 
 def on_eight_devices(script: str, *arguments: str) -> None:

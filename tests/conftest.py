@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+import tiny_tokenizer
+
+from gemma_lora.tokenizer import Tokenizer
 
 
 def pytest_configure() -> None:
@@ -19,6 +22,14 @@ def pytest_configure() -> None:
 def pytest_unconfigure() -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ.pop(tiny_run.COMPILED), ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    """The tiny one."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer.write_tokenizer(folder)
+    return Tokenizer.from_dir(folder)
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,11 @@
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from common import all_logits, one_device
 
-from gemma_lora.errors import UserError
 from gemma_lora.model import Transformer
 from gemma_lora.weights import mapping
 from gemma_lora.weights.pretrained import Pretrained, load_base, open_weights
-
-
-def message(call, *args) -> str:
-    """The error's text, which must be one line."""
-    with pytest.raises(UserError) as e:
-        call(*args)
-    assert "\n" not in str(e.value)
-    return str(e.value)
 
 
 def load(pretrained: Pretrained, dtype=jnp.float32, quantize: str = "") -> dict[str, np.ndarray]:

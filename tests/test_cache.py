@@ -6,7 +6,6 @@ import os
 import numpy as np
 import pytest
 from test_dataset import settings
-from tiny_tokenizer import write_tokenizer
 
 from gemma_lora.data import cache, examples
 from gemma_lora.errors import UserError
@@ -14,13 +13,6 @@ from gemma_lora.tokenizer import Tokenizer
 
 ROWS = [{"id": f"r{i}", "prompt": "p" * i, "completion": "c" * (i % 7)} for i in range(2, 40)]
 LABELLED = [{"id": f"r{i}", "text": "ab" * i, "label": i % 2} for i in range(1, 40)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return Tokenizer.from_dir(folder)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import zlib
 
 import common
 import pytest
-from tiny_tokenizer import CORPUS, write_qwen, write_sentencepiece, write_tokenizer
+from tiny_tokenizer import CORPUS, write_qwen, write_sentencepiece
 
 from gemma_lora import chat
 from gemma_lora import config as configs
@@ -108,13 +108,6 @@ def folders(tmp_path_factory):
     (root / "gemma" / "tokenizer_config.json").write_text(json.dumps(config))
     write_qwen(root / "qwen2")
     return root
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return Tokenizer.from_dir(folder)
 
 
 def conversations(system: bool):

@@ -8,27 +8,18 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import pytest
+from common import message
 from ml_collections import ConfigDict
 
 from gemma_lora import config as configs
-from gemma_lora import errors, files, workdir
-from gemma_lora.errors import UserError
+from gemma_lora import files, workdir
 from gemma_lora.lora import LoRAConfig
 from gemma_lora.loss import Sweep
 from gemma_lora.sharding import AXES
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))
-
-
-def message(call, *args):
-    """The error's text, which must be one line."""
-    with pytest.raises(UserError) as e:
-        call(*args)
-    assert "\n" not in str(e.value)
-    return str(e.value)
 
 
 # ---- the keys -------------------------------------------------------------------------------
@@ -107,6 +98,14 @@ def test_every_key_is_read_by_something():
         ("train.eval_every", 0.0, "positive"),
         ("train.eval_every", 1.5, "a whole number"),
         ("train.patience", -1, "at least 0"),
+        ("remat", "matmul", "did you mean matmuls? (valid: full, matmuls, none, offload)"),
+        ("attention", "splsh", "did you mean splash? (valid: auto, block, cudnn, reference"),
+        ("quantize", "int4", "did you mean int8? (valid: '', int8)"),
+        ("optim.schedule", "cosin", "did you mean cosine? (valid: constant, cosine, linear)"),
+        ("data.loss_on", "answer", "(valid: all, completion)"),
+        ("data.seq_len", 2**31, "at most 2147483647"),
+        ("data.limit", 2**31, "at most 2147483647"),
+        ("train.max_steps", 10**20, "at most 2147483647"),
     ],
 )
 def test_values_no_run_can_use(key, value, hint):
@@ -233,6 +232,13 @@ def test_a_config_file_without_get_config(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("x = 1\n")
     text = message(parse, monkeypatch, "--workdir=x", f"--config={tmp_path / 'mine.py'}")
     assert "mine.py has no function get_config()" in text
+
+
+def test_a_config_file_that_is_no_text(tmp_path, monkeypatch):
+    path = tmp_path / "mine.py"
+    path.write_bytes(b"\0\1\2")
+    text = message(parse, monkeypatch, "--workdir=x", f"--config={path}")
+    assert f"config file {path} is not Python: source code" in text
 
 
 def test_a_process_prints_one_line_and_exits_with_2(tmp_path):
@@ -369,6 +375,29 @@ def test_too_little_space(tmp_path, monkeypatch):
     assert entries(tmp_path / "run") == []
 
 
+def test_what_is_no_workdir_of_a_run(tmp_path):
+    """Not there, without a config, or with another program's: a run beside it may be meant."""
+    for name in ("run_1", "other", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run_1" / "config.json").write_text(json.dumps(PLAIN))
+    workdir.require(tmp_path / "run_1")
+    text = message(workdir.require, tmp_path / "run1")
+    assert text == (
+        f"{tmp_path / 'run1'} is not the workdir of a run: there is no such directory; did you "
+        "mean run_1? (valid: run_1)"
+    )
+    text = message(workdir.require, tmp_path / "empty")
+    assert f"{tmp_path / 'empty' / 'config.json'} is missing" in text
+    for config, words in (
+        ({"data": {}}, "is not the config of a run: it lacks lora, dtype"),
+        (PLAIN | {"data": 3}, "is damaged: data is 3, expected a dict"),
+        (PLAIN | {"dtype": None}, "is damaged: dtype is None, expected a str"),
+    ):
+        (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+        text = message(workdir.read_config, tmp_path / "other", ("data", "lora", "dtype"))
+        assert words in text and str(tmp_path / "other" / "config.json") in text
+
+
 def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -377,67 +406,3 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     text = message(workdir.claim, tmp_path, PLAIN, 1)
     assert "cannot be used: No space left on device" in text
     assert entries(tmp_path) == []
-
-
-def test_require_writable(tmp_path):
-    files.require_writable(tmp_path / "new" / "x")
-    assert entries(tmp_path) == []
-    assert "is a directory, expected the name" in message(files.require_writable, tmp_path)
-    (tmp_path / "file").touch()
-    text = message(files.require_writable, tmp_path / "file" / "x")
-    assert "cannot be written: this user may not make files in" in text
-
-
-def test_no_home_directory():
-    assert "~nobody-here/x" in message(files.path_of, "~nobody-here/x")
-
-
-@pytest.mark.parametrize(
-    ("raised", "said"),
-    [
-        (FileNotFoundError(2, "No such file or directory", "/not/there"),
-         "error: /not/there: No such file or directory\n"),
-        (OSError(28, "No space left on device"), "error: No space left on device\n"),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nstack"),
-         "error: the memory of a device does not suffice: RESOURCE_EXHAUSTED: 9 GiB; "),
-    ],
-)  # fmt: skip
-def test_what_the_system_or_a_device_says_is_one_line(capsys, raised, said):
-    def main():
-        raise raised
-
-    with pytest.raises(SystemExit) as end:
-        errors.run_main(main)
-    assert end.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith(said) and told.count("\n") == 1
-
-
-def test_replace_directory_keeps_the_old_one_when_it_fails(tmp_path, monkeypatch):
-    path, replace = tmp_path / "x", os.replace
-    for text in ("old", "new"):
-        with files.replace_directory(path) as temporary:
-            (temporary / text).touch()
-    with pytest.raises(KeyError), files.replace_directory(path):
-        raise KeyError
-    assert entries(path) == ["new"] and entries(tmp_path) == ["x"]
-
-    def refuse(source, target):
-        if target == path and not str(source).endswith(".old"):
-            raise error
-        replace(source, target)
-
-    monkeypatch.setattr(files.os, "replace", refuse)
-    for error in (OSError(5, "Input/output error"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), files.replace_directory(path):
-            pass
-        assert entries(path) == ["new"] and entries(tmp_path) == ["x"]
-
-
-def test_replace_file_keeps_the_old_one_when_the_block_fails(tmp_path):
-    path = tmp_path / "new" / "x"
-    files.write_text(path, "old")
-    with pytest.raises(KeyError), files.replace_file(path) as temporary:
-        temporary.write_text("half")
-        raise KeyError
-    assert path.read_text() == "old" and entries(path.parent) == ["x"]

@@ -7,23 +7,14 @@ import random
 
 import numpy as np
 import pytest
-from tiny_tokenizer import write_tokenizer
 
 from gemma_lora import config as configs
 from gemma_lora.data.dataset import Dataset, loss_slots, shapes
 from gemma_lora.data.examples import Example
 from gemma_lora.data.pipeline import describe, load_data
 from gemma_lora.errors import UserError
-from gemma_lora.tokenizer import Tokenizer
 
 SIZE = 32
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return Tokenizer.from_dir(folder)
 
 
 def settings(**data):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import types
@@ -30,7 +31,8 @@ def get_config():
 
 def command(module: str, *arguments: str) -> subprocess.CompletedProcess:
     line = [sys.executable, "-m", f"gemma_lora.{module}", *arguments]
-    return subprocess.run(line, capture_output=True, text=True)
+    cache = {"XDG_CACHE_HOME": os.environ[tiny_run.COMPILED]}
+    return subprocess.run(line, env=os.environ | cache, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,28 @@ def test_bad_input(out, adapter, changes, message, trained, inputs, tmp_path):
     with pytest.raises(UserError, match=message):
         evaluate.evaluate(validation(inputs, changes), out, adapter)
     assert tiny_run.left(trained) == before and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.path": "{tmp}/rows.jsonl"}, "rows.jsonl does not exist"),
+        ({"data.path": "{tmp}/rows.csv"}, "ending '.csv' is unknown"),
+        (
+            {"data.path": "", "data.source": "tfd:gsm8k"},
+            "'tfd:gsm8k' is unknown, did you mean",
+        ),
+        ({}, "no PEFT adapter in .*none: adapter_config.json and adapter_model"),
+    ],
+)
+def test_what_is_not_there_is_said_before_the_weights_are_looked_for(
+    changes, message, inputs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "open_weights", None)
+    changes = {k: v.format(tmp=tmp_path) for k, v in changes.items()}
+    with pytest.raises(UserError, match=message):
+        evaluate.evaluate(validation(inputs, changes), tmp_path / "out", tmp_path / "none")
+    assert not any(tmp_path.iterdir())
 
 
 def test_rows_that_the_devices_cannot_share():

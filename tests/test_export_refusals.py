@@ -53,7 +53,7 @@ def test_command_line(workdir, tmp_path, monkeypatch, capsys):
     ("change", "arguments", "message"),
     [
         ("adapter", {}, "run has no adapter: the run has not finished. The command that started"),
-        ("config.json", {}, "run is not the workdir of a run: config.json"),
+        ("config.json", {}, "run is not the workdir of a run: .*config.json is missing"),
         ("", {"form": "peft", "dtype": "float32"}, "--dtype and --max-shard-gb are for"),
         ("", {"form": "peft", "shard_gb": 0.0}, "--dtype and --max-shard-gb are for"),
         ("", {"shard_gb": 0.0}, "--max-shard-gb is 0.0, expected a positive number"),

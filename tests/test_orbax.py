@@ -9,7 +9,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny
-from loading import load, logits, message, same
+from common import message
+from loading import load, logits, same
 from safetensors.numpy import save_file
 
 from gemma_lora.arch import ARCHS, Arch

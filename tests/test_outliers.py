@@ -27,7 +27,9 @@ def run(tmp_path_factory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("outliers")
     with tiny_run.quick_compilation():
         inputs = tiny_run.write_inputs(directory)
-        tiny_run.run(directory / "run", tiny_run.settings(inputs, {"train.ledger_every": 2}))
+        # A warmup of more steps than a fold has.
+        changes = {"train.ledger_every": 2, "optim.warmup_steps": 4}
+        tiny_run.run(directory / "run", tiny_run.settings(inputs, changes))
         folds.run(directory / "run", 2)
         yield directory / "run"
 

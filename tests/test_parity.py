@@ -29,7 +29,6 @@ from gemma_lora.weights.mapping import flatten, hf_tensor
 from gemma_lora.weights.pretrained import build_model, load_base, open_weights
 
 GOLDENS = Path(__file__).parent / "goldens"
-GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
 SOURCES = ["golden", "live"]
 ALPHA, RANK = 8.0, 4
 
@@ -226,12 +225,11 @@ def test_real_logits(real, which, source):
 @pytest.mark.parametrize("source", SOURCES)
 def test_real_gsm8k_loss(real, source):
     """The first 8 training rows, all tokens: through the source, template, mask and ledger."""
-    if not GSM8K.exists():
-        pytest.skip("the GSM8K rows are not beside the checkout")
+    path = common.rows_of("gsm8k")
     want = expected(source, "real")
     data = real.config.data
     data.loss_on, data.seq_len, data.batch_size = "all", 256, 4
-    rows = sources.read("", str(GSM8K), 8)
+    rows = sources.read("", str(path), 8)
     found = examples.tokenize(rows, real.tokenizer, data, "gsm8k")
     assert not found.truncated
     assert [e.load for e in found.examples] == want["gsm8k_counts"].tolist()

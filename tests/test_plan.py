@@ -1,6 +1,7 @@
 """The plan of a run: its memory against real trees, its arithmetic against that done by hand."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -226,16 +227,19 @@ def test_leaves_on_the_command_line():
     """[18,640,2048] bfloat16 of up_proj over two devices."""
     line = "-m gemma_lora.plan --config configs/gemma3_270m_gsm8k.py --topology cpu:2 --leaves"
     line += " --config.optim.warmup_steps=200"
-    done = subprocess.run([sys.executable, *line.split()], capture_output=True, text=True)
+    command, root = [sys.executable, *line.split()], pathlib.Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (up,) = [x for x in done.stdout.splitlines() if x.startswith("base/layers/mlp/up_proj/w ")]
     assert up.split()[-3:] == ["23,592,960", "of", "47,185,920"]
     for change, words in (
-        (("cpu:2", "cpu:x"), "topology 'cpu:x'"),
+        (("cpu:2", "cpu:x"), "topology 'cpu:x': expected cpu:1 to cpu:1024"),
+        (("cpu:2", "cpu:0"), "topology 'cpu:0': expected cpu:1 to cpu:1024"),
+        (("--leaves", "--examples=9 --config.data.batch_size=9"), "cpu:2 cannot run: data.batch_"),
         (("cpu:2", "cpu:16"), "data.batch_size is 8"),
         (("--leaves", "--largest --examples=9"), "the memory of a cpu:2 is not known"),
     ):
-        wrong = subprocess.run([sys.executable, *line.replace(*change).split()],
+        wrong = subprocess.run([sys.executable, *line.replace(*change).split()], cwd=root,
                                capture_output=True, text=True)  # fmt: skip
         assert wrong.returncode == 2 and words in wrong.stderr
         assert "Traceback" not in wrong.stderr

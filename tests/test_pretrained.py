@@ -4,7 +4,8 @@ import dataclasses
 
 import common
 import numpy as np
-from loading import load, message
+from common import message
+from loading import load
 from tiny import write_tiny
 from tiny_tokenizer import write_tokenizer
 

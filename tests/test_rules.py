@@ -2,8 +2,8 @@
 
 import json
 import random
-from pathlib import Path
 
+import common
 import pytest
 
 from gemma_lora import rules
@@ -366,15 +366,9 @@ def test_one_pair_among_thousands():
     assert set(flagged(rows, "near_duplicate")) == {"1321", "near"}
 
 
-DATA = Path(__file__).parents[1].parent / "shared" / "data"
-
-
 def test_real_problems_have_few_findings():
     """GSM8K: every annotation holds; answers that contradict their steps are few."""
-    path = DATA / "gsm8k" / "train.jsonl"
-    if not path.exists():
-        pytest.skip("the rows of the real sets are not beside the checkout")
-    fields = [json.loads(line) for line in path.read_text().splitlines()]
+    fields = [json.loads(line) for line in common.rows_of("gsm8k").read_text().splitlines()]
     made = [
         templates.render(templates.TEMPLATES["question", "answer"], f, (), "gsm8k") for f in fields
     ]

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from loading import load, load_dir, message, same
+from common import message
+from loading import load, load_dir, same
 from safetensors.numpy import load_file, save_file
 from tiny import tiny_weights, write_tiny
 

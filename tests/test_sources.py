@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from common import message
 
 from gemma_lora.data import generated, sources
-from gemma_lora.errors import UserError
 
 ROWS = [
     {"id": "a", "question": "1 + 1?", "answer": "2", "n": 1},
@@ -21,14 +21,6 @@ ROWS = [
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
     return str(path)
-
-
-def message(call, *args):
-    """The error's text, which must be one line."""
-    with pytest.raises(UserError) as e:
-        call(*args)
-    assert "\n" not in str(e.value)
-    return str(e.value)
 
 
 def read_path(path, limit=0):

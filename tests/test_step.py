@@ -10,6 +10,7 @@ import optax
 import pytest
 import tiny
 
+from gemma_lora import step as steps
 from gemma_lora.config import default
 from gemma_lora.data.dataset import Dataset, loss_slots
 from gemma_lora.errors import UserError
@@ -18,6 +19,7 @@ from gemma_lora.lora import LoRAConfig
 from gemma_lora.loss import Sweep
 from gemma_lora.model import REMAT
 from gemma_lora.optim import optimizer, schedule
+from gemma_lora.sharding import make_mesh
 from gemma_lora.step import State, forward, make_eval_step, make_train_step
 from gemma_lora.weights.mapping import flatten
 
@@ -297,3 +299,20 @@ def test_schedules():
     optim.schedule = "linaer"
     with pytest.raises(UserError, match="linear"):
         schedule(optim, 10)
+
+
+def test_both_steps_sweep_the_head_as_the_config_says(monkeypatch):
+    made = []
+
+    def recorded(*arguments):
+        made.extend(x for x in arguments if isinstance(x, Sweep))
+        return lambda *trees: trees
+
+    for name in ("make_train_step", "make_eval_step"):
+        monkeypatch.setattr(steps, name, recorded)
+    c = default()
+    c.head.chunk, c.head.floor = 512, 1e-3
+    mesh = make_mesh(c.mesh, jax.devices()[:1])
+    steps.jit_train_step(None, None, c, State(*map(jnp.zeros, (1, 2, 3))), mesh)
+    steps.jit_eval_step(None, c, (), mesh)
+    assert made == 2 * [Sweep(512, 1e-3)]

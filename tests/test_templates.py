@@ -3,9 +3,9 @@
 import math
 
 import pytest
+from common import message
 
 from gemma_lora.data.templates import CHAT_TEMPLATES, TEMPLATES, choose, render
-from gemma_lora.errors import UserError
 
 WORDS = ("negative", "positive")
 
@@ -19,12 +19,6 @@ def show(row, template="", **kwargs):
     """(prompt, completion)."""
     r = made(row, template, **kwargs)
     return r.text[: r.completion], r.text[r.completion :]
-
-
-def message(call, *args, **kwargs):
-    with pytest.raises(UserError) as e:
-        call(*args, **kwargs)
-    return str(e.value)
 
 
 def test_templates_are_chosen_by_fields():
@@ -106,9 +100,10 @@ def test_template_errors():
     assert "anwser" in text and "question, answer" in text and "x.jsonl" in text
     text = message(made, {"body": "x"})
     assert "body" in text and "question/answer" in text and "--config.data.template" in text
-    for broken in ({"question": "q"}, {"question": "q", "answer": None}):
+    for more, what in (({}, "missing"), ({"answer": None}, "null")):
+        broken = {"question": "q"} | more
         text = message(render, TEMPLATES["question", "answer"], broken, (), "x.jsonl, row 7")
-        assert "x.jsonl, row 7: field 'answer' is missing" in text
+        assert f"x.jsonl, row 7: field 'answer' is {what} (it has question" in text
     for value in ([], {}, b"x"):
         text = message(made, {"question": "q", "answer": value})
         assert "x.jsonl, row 7: field 'answer' is a" in text and "expected text" in text

@@ -267,6 +267,35 @@ def test_bad_input_leaves_no_run(changes, message, inputs, tmp_path, monkeypatch
     assert {p.name for p in tmp_path.iterdir()} <= {".lock", "config.json"}
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("data.path", "rows.jsonl does not exist, did you mean row.jsonl?"),
+        ("data.validation_path", "rows.jsonl does not exist, did you mean row.jsonl?"),
+        ("data.exclude", "data.exclude .*rows.jsonl cannot be read: .*No such file"),
+    ],
+)
+def test_a_file_that_is_not_there_is_said_before_the_weights_are_looked_for(
+    key, message, inputs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "open_weights", None)
+    (tmp_path / "row.jsonl").touch()
+    with pytest.raises(UserError, match=message):
+        tiny_run.run(tmp_path / "run", settings(inputs, {key: str(tmp_path / "rows.jsonl")}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_room_for_the_checkpoints_is_said_before_the_weights_are_loaded(
+    inputs, tmp_path, monkeypatch
+):
+    """Room enough for all else: the adapters and their moments are known once the model is."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=64 * 2**20 + 100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(train, "load_base", None)
+    with pytest.raises(UserError, match="has 64 MiB free, this run needs about 65 MiB"):
+        tiny_run.run(tmp_path, settings(inputs, {"lora.rank": 64}))
+
+
 def test_workdir_of_another_run(straight, inputs):
     before = left(straight[0])
     with pytest.raises(UserError, match=r"lora.rank: 2 here, 4 there.*seed: 5 here, 0 there"):

@@ -131,7 +131,7 @@ def test_rows_cut_before_their_completion(run, monkeypatch):
 def test_what_cannot_be_answered(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(UserError, match="checkpoints holds no checkpoint: expected a run's"):
+    with pytest.raises(UserError, match="checkpoints holds no checkpoint: expected --step 0"):
         unprompted.run(tmp_path / "run", "best")
     shutil.copytree(run, tmp_path / "other")
     (tmp_path / "other" / "ledger" / "eval_000008.parquet").unlink()

@@ -15,7 +15,6 @@ from gemma_lora.tokenizer import Tokenizer
 
 HERE = pathlib.Path(__file__).parent
 GOLDEN = json.loads((HERE / "goldens" / "tokenizer.json").read_text(encoding="utf-8"))
-DATA = HERE.parents[1] / "shared" / "data"
 HARD = [
     *GOLDEN["ids"],
     *(" " * n for n in range(1, 41)),
@@ -126,22 +125,19 @@ def test_demo_agrees_with_sentencepiece(demo, demo_metadata):
 def test_demo_against_transformers_on_data(demo, tmp_path):
     common.needs("transformers")
     common.needs("torch")
-    if not DATA.is_dir():
-        pytest.skip(f"no data sets in {DATA}")
     from make_tokenizer_golden import reference
 
     from gemma_lora.weights.gguf import demo_path
 
     def rows(name: str, limit: int | None = None) -> list[str]:
-        with open(DATA / name, encoding="utf-8") as f:
+        with common.rows_of(name).open(encoding="utf-8") as f:
             found = [json.loads(line) for line in f][:limit]
         return [v for row in found for v in row.values() if isinstance(v, str)]
 
     texts = [
-        *rows("gsm8k/train.jsonl"),
-        *rows("gsm8k/test.jsonl"),
-        *rows("alpaca_gpt4/train.jsonl", 300),
-        *rows("imdb/train.jsonl", 500),
+        *rows("gsm8k"),
+        *rows("alpaca_gpt4", 300),
+        *rows("imdb", 500),
         *HARD,
         *noise(1000),
     ]

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from loading import Recorder, load, load_dir, message, same
+from common import message
+from loading import Recorder, load, load_dir, same
 from safetensors.numpy import save_file
 from tiny import TINY, tiny_weights, write_tiny
 

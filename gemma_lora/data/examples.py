@@ -10,8 +10,10 @@ import numpy as np
 
 from gemma_lora.data import cache, templates
 from gemma_lora.data.sources import place
-from gemma_lora.errors import UserError
+from gemma_lora.errors import UserError, require_name
 from gemma_lora.tokenizer import Tokenizer
+
+LOSS_ON = ("all", "completion")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +63,7 @@ def tokenize(rows: list[dict[str, Any]], tokenizer: Tokenizer, data: Any, where:
     data.loss_on: 'all' (every target after the first token) or 'completion' (the tokens that hold
     a character of the completion, and eos).
     """
-    if data.loss_on not in ("completion", "all"):
-        raise UserError(f"data.loss_on is {data.loss_on!r}, expected 'completion' or 'all'")
+    require_name("data.loss_on", data.loss_on, LOSS_ON)
     labels = tuple(data.labels)
     variants = templates.choose(data.template, rows[0], where, labels, data.chat)
 

@@ -4,7 +4,6 @@ A scene (cookies, mowing lawns, a hike, ...) supplies the words of a family's st
 seeded choice of opening, events and ending composes 2 to 5 steps into one problem.
 """
 
-import argparse
 import contextlib
 import json
 import random
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gemma_lora.data.scenes import FAMILIES
-from gemma_lora.errors import UserError, run_main
+from gemma_lora.errors import Parser, UserError, run_main
 from gemma_lora.files import path_argument, write_text
 from gemma_lora.sums import evaluate
 
@@ -152,7 +151,7 @@ def write(path: Path, count: int, seed: int = 0) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write generated word problems as JSON lines.")
+    parser = Parser("gemma_lora.data.generated", __doc__)
     parser.add_argument("--count", type=int, required=True, help="number of problems")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=path_argument, required=True, help="path of the .jsonl file")

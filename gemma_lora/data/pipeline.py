@@ -117,15 +117,28 @@ def load_data(
     return *sets, counts
 
 
-def _excluded(path: str, known: set[str]) -> set[str]:
-    """The ids of data.exclude; UserError where the file or one of its ids does not exist."""
+def check_files(data: Any) -> None:
+    """Raises UserError where a file that config.data names is not there, before anything else."""
+    sources.check_place(data.source, data.path)
+    if data.validation_path:
+        sources.check_place("", data.validation_path)
+    _listed(data.exclude)
+
+
+def _listed(path: str) -> set[str]:
+    """The ids in the file of data.exclude; UserError where it cannot be read."""
     if not path:
         return set()
     try:
         lines = path_of(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as e:
         raise UserError(f"data.exclude {path} cannot be read: {e}") from e
-    ids = {line.strip() for line in lines} - {""}
+    return {line.strip() for line in lines} - {""}
+
+
+def _excluded(path: str, known: set[str]) -> set[str]:
+    """The ids of data.exclude; UserError where one of them is unknown."""
+    ids = _listed(path)
     if unknown := sorted(ids - known):
         raise UserError(
             f"data.exclude {path}: {len(unknown)} of {len(ids)} ids are not in the data, e.g. "

@@ -42,20 +42,17 @@ def read(source: str, path: str, limit: int) -> list[Row]:
     Every row has a unique string 'id': its own 'id' field, or the file's stem and row number.
     Raises UserError naming file and line.
     """
+    check_place(source, path)
     if path:
-        rows, stem = read_file(path), path_of(path).stem
+        file = path_of(path)
+        reader, what, stem = _READERS[file.suffix], file, file.stem
     else:
         kind, _, argument = source.partition(":")
-        if kind not in SOURCES:
-            raise UserError(
-                f"data.source {source!r} is unknown, {nearest(kind, SOURCES)}; "
-                "a file is given as data.path"
-            )
-        rows, stem = SOURCES[kind](argument), re.sub("[/:]", "-", argument) or kind
+        reader, what, stem = SOURCES[kind], argument, re.sub("[/:]", "-", argument) or kind
     out: list[Row] = []
     seen: set[str] = set()
     try:
-        for i, row in enumerate(itertools.islice(rows, limit or None)):
+        for i, row in enumerate(itertools.islice(reader(what), limit or None)):
             given = row.get("id")
             ident = f"{stem}-{i:06d}" if given is None else str(given)
             text = ident.encode(errors="ignore").decode()  # without halves of surrogate pairs
@@ -75,24 +72,26 @@ def read(source: str, path: str, limit: int) -> list[Row]:
     return out
 
 
-def read_file(path: str) -> Iterator[Row]:
-    """Rows of a .jsonl, .json (a list of objects) or .parquet file; local or gs://."""
+def check_place(source: str, path: str) -> None:
+    """Raises UserError where `read` would find nothing to open: of what costs more than a look at
+    a directory it says nothing."""
+    if not path:
+        if (kind := source.partition(":")[0]) not in SOURCES:
+            raise UserError(
+                f"data.source {source!r} is unknown, {nearest(kind, SOURCES)}; "
+                "a file is given as data.path"
+            )
+        return
     file = path_of(path)
-    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
-    if file.suffix not in readers:
+    if file.suffix not in _READERS:
         raise UserError(
-            f"data file {path}: ending {file.suffix!r} is unknown, {nearest(file.suffix, readers)}"
+            f"data file {path}: ending {file.suffix!r} is unknown, {nearest(file.suffix, _READERS)}"
         )
-    return _rows(file, readers[file.suffix])
-
-
-def _rows(file: pathlib.Path, reader: Callable[[pathlib.Path], Iterable[Row]]) -> Iterator[Row]:
     if not file.exists():
         if not file.parent.exists():
             raise UserError(f"data file {file} does not exist, nor does its directory")
         there = [p.name for p in file.parent.iterdir()]
         raise UserError(f"data file {file} does not exist, {nearest(file.name, there)}")
-    yield from reader(file)
 
 
 def _jsonl(file: pathlib.Path) -> Iterator[Row]:
@@ -216,3 +215,8 @@ def _plain(value: Any) -> Any:
 
 
 SOURCES: dict[str, Callable[[str], Iterable[Row]]] = {"tfds": _tfds, "generated": _generated}
+_READERS: dict[str, Callable[[pathlib.Path], Iterable[Row]]] = {
+    ".jsonl": _jsonl,  # one object a line
+    ".json": _json,  # a list of objects
+    ".parquet": _parquet,
+}

@@ -103,7 +103,8 @@ def render(
     values = {}
     for field in _fields(template):
         if row.get(field) is None:
-            raise UserError(f"{where}: field {field!r} is missing (it has {field_names(row)})")
+            what = "null" if field in row else "missing"
+            raise UserError(f"{where}: field {field!r} is {what} (it has {field_names(row)})")
         value = row[field]
         if field == "label" and isinstance(value, int | float) and value % 1 == 0:
             value = labels[int(value)] if 0 <= value < len(labels) else value

@@ -1,16 +1,12 @@
 """The command line of the report."""
 
-import argparse
-
-from gemma_lora.errors import UserError, run_main
+from gemma_lora import report
+from gemma_lora.errors import Parser, UserError, run_main
 from gemma_lora.files import path_argument
-from gemma_lora.report import write
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gemma_lora.report", description="Write the report of a training run."
-    )
+    parser = Parser("gemma_lora.report", report.__doc__)
     parser.add_argument("--workdir", required=True, type=path_argument)
     parser.add_argument(
         "--compare", nargs="+", default=[], type=path_argument, metavar="DIR",
@@ -21,7 +17,7 @@ def main() -> None:
     price = options.price_per_hour
     if price is not None and not 0 <= price < float("inf"):
         raise UserError(f"--price-per-hour is {price}, expected a number that is not negative")
-    loss = write(options.workdir, tuple(options.compare), price)["validation"]["loss"]
+    loss = report.write(options.workdir, tuple(options.compare), price)["validation"]["loss"]
     print(f"validation loss: {loss['conclusion']}")
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet
 
 from gemma_lora.errors import UserError
 from gemma_lora.evaluate import column_names, label_is_likeliest, read_table
-from gemma_lora.workdir import ledger_files, read_records
+from gemma_lora.workdir import ledger_files, read_config, read_records
 
 SPLITS = ("validation", "train_probe")
 MODEL = ("arch", "weights", "trainable_parameters", "base_parameters", "adapted_modules")
@@ -79,7 +79,7 @@ class Workdir:
 
 def read(workdir: pathlib.Path) -> Workdir:
     """Raises UserError naming the file that is missing, damaged or at odds with the others."""
-    [config], _ = read_records(workdir / "config.json", ("data", "optim", "train"))
+    config = read_config(workdir, ("data", "optim", "train"))
     [run], _ = read_records(workdir / "run.json", (*MODEL, *RUN))
     lines: dict[str, dict[int, Any]] = {"train": {}, "eval": {}}
     records, cut = read_records(workdir / "metrics.jsonl", ("kind", "step"))

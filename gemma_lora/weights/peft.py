@@ -88,16 +88,21 @@ def export(
             raise UserError(f"the adapter written to {directory} does not read back the same")
 
 
+def require(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The two files of an adapter; UserError where one is missing."""
+    files = [directory / f for f in ("adapter_config.json", "adapter_model.safetensors")]
+    if absent := [f.name for f in files if not f.exists()]:
+        raise UserError(f"no PEFT adapter in {directory}: {' and '.join(absent)} missing")
+    return files
+
+
 def read(directory: pathlib.Path, arch: Arch) -> tuple[LoRAConfig, dict[str, Any]]:
     """(config, our tree as numpy arrays) of a PEFT LoRA adapter.
 
     Raises UserError for missing files, for settings that change the maths and are not supported,
     and for unknown, missing or misshapen tensors.
     """
-    files = [directory / f for f in ("adapter_config.json", "adapter_model.safetensors")]
-    absent = [f.name for f in files if not f.exists()]
-    if absent:
-        raise UserError(f"no PEFT adapter in {directory}: {' and '.join(absent)} missing")
+    files = require(directory)
     settings = read_json(files[0])
     for key, allowed in _SUPPORTED.items():
         if key in settings and settings[key] not in allowed:

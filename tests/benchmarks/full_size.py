@@ -57,6 +57,8 @@ def write(arch: Arch, directory: pathlib.Path) -> None:
 
 
 def main() -> None:
+    if len(sys.argv) < 3:
+        raise SystemExit(__doc__)
     name, directory, *overrides = sys.argv[1:]
     weights = pathlib.Path(directory) / "weights"
     if not weights.exists():

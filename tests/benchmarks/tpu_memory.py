@@ -104,6 +104,8 @@ def large(program: hlo.Program, arch: Arch, tokens: int) -> list[str]:
 
 
 def main() -> None:
+    if len(sys.argv) < 4:
+        raise SystemExit(__doc__)
     name, topology, *rest = sys.argv[1:]
     arch = get_arch(name)
     shapes = [tuple(map(int, a.split("x"))) for a in rest if "=" not in a]
