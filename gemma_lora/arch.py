@@ -26,17 +26,17 @@ class Arch:
     query_scale: float  # attention logits are multiplied by query_scale ** -0.5
     rope_base: float  # of global layers
     rope_local_base: float  # of local layers
+    norm_plus_one: bool  # RMSNorm multiplies by (1 + w), before the downcast
+    gelu: bool  # tanh-GELU; SiLU otherwise
+    scale_embed: bool  # embeddings are multiplied by sqrt(D)
     rope_factor: float = 1.0  # positions of global layers are divided by this (linear scaling)
     window: int = 0  # a local layer sees keys j with i - window < j <= i; 0: no local layers
     local: tuple[bool, ...] = (False,)  # is the layer local; repeated to length L
-    norm_plus_one: bool = True  # RMSNorm multiplies by (1 + w), before the downcast
     post_norms: bool = False  # norms after attention and after the MLP, too
     qk_norm: bool = False
     qkv_bias: bool = False
-    gelu: bool = True  # tanh-GELU; SiLU otherwise
     attn_softcap: float = 0.0  # 0: none
     final_softcap: float = 0.0
-    scale_embed: bool = True  # embeddings are multiplied by sqrt(D)
     tied: bool = True  # the head is the embedding table
     eps: float = 1e-6
 
@@ -82,7 +82,7 @@ class Arch:
             fields["tied"] = config["tie_word_embeddings"]
         if config.get("use_bidirectional_attention"):
             raise UserError("config.json: use_bidirectional_attention is true, expected false")
-        for key, allowed in _HF_ACTIVATIONS[fields.get("gelu", True)].items():
+        for key, allowed in _HF_ACTIVATIONS[fields["gelu"]].items():
             if config.get(key) not in (None, *allowed):
                 raise UserError(
                     f"config.json: {key} of a {family} model is {config[key]!r}, expected "
@@ -208,10 +208,11 @@ def _hf_window(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]
 
 
 # What every size of a family shares; also the defaults that its config.json may leave unsaid.
+_GEMMA = {"norm_plus_one": True, "gelu": True, "scale_embed": True, "head_dim": 256}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "gemma": {"head_dim": 256, "tied": True, "rope_base": 10_000.0},
-    "gemma2": {
-        "head_dim": 256,
+    "gemma": _GEMMA | {"tied": True, "rope_base": 10_000.0},
+    "gemma2": _GEMMA
+    | {
         "query_scale": 256.0,
         "tied": True,
         "rope_base": 10_000.0,
@@ -221,11 +222,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attn_softcap": 50.0,
         "final_softcap": 30.0,
     },
-    "gemma3_text": {
+    "gemma3_text": _GEMMA
+    | {
         "vocab": 262_208,
         "heads": 8,
         "kv_heads": 4,
-        "head_dim": 256,
         "query_scale": 256.0,
         "tied": True,
         "rope_base": 1_000_000.0,

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from gemma_lora.arch import get_arch
 from gemma_lora.attention import NAMES
 from gemma_lora.data.examples import LOSS_ON
 from gemma_lora.errors import UserError, nearest, require_name
@@ -34,7 +35,7 @@ def default() -> ConfigDict:
     c.remat = "matmuls"  # none, matmuls, offload, full: what the backward recomputes (model.REMAT)
     c.attention = "auto"  # by platform; or reference, block (any), splash (TPU), cudnn (GPU)
     c.unroll = False  # unroll the loop over layers: slower to compile, sometimes faster to run
-    c.seed = 0
+    c.seed = 0  # of adapters, dropout, order, and what validates where no validation_path is
 
     c.head = ConfigDict()
     c.head.chunk = 2048  # vocabulary entries the loss looks at at a time
@@ -50,7 +51,7 @@ def default() -> ConfigDict:
     c.data.validation_fraction = 0.1  # of the examples, chosen by a hash of seed and id
     c.data.template = ""  # 'Question: {question}\nAnswer: {answer}'; '': by the rows' fields
     c.data.chat = False  # prompt and completion as turns of the model's chat template
-    c.data.labels = ("negative", "positive")  # words for integer labels 0, 1, ...
+    c.data.labels = ("negative", "positive")  # words for 0, 1, ... in a field named 'label'
     c.data.loss_on = "all"  # 'all' tokens or the 'completion' (the template's last field)
     c.data.seq_len = 256  # tokens of a row, T
     c.data.batch_size = 8  # rows of one optimizer step, over all devices and micro-batches, B
@@ -148,6 +149,10 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"dtype {config.dtype!r}{why}; expected bfloat16 or float32")
     for key, names in _NAMES.items():
         require_name(key, got[key], names)
+    if config.arch != "auto":
+        get_arch(config.arch)
+    if not config.weights:
+        raise UserError("weights is '', expected a place to load from, such as 'demo'")
     for key, least in _LEAST.items():
         if not got[key] >= least:
             raise UserError(f"{key} is {got[key]}, expected at least {least}")
@@ -226,7 +231,7 @@ _LEAST = {
     "train.save_every": 1,
 }
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
+_FILE = "Path of a config file."
 
 
 def parse_flags(required: tuple[str, ...] = ("config",)) -> ConfigDict:
@@ -239,8 +244,10 @@ def parse_flags(required: tuple[str, ...] = ("config",)) -> ConfigDict:
         _help()
     path = _check_argv(sys.argv[1:])
     try:
+        # Here: a program that imports this module may have a flag of that name.
+        config_flags.DEFINE_config_file("config", help_string=_FILE, flag_values=flags.FLAGS)
         rest = flags.FLAGS(sys.argv)
-        config = CONFIG.value
+        config = flags.FLAGS.config
         usable = hasattr(config, "lock")  # raises now what open() raised in the config file
     except Exception as e:  # a config file may raise anything
         raise UserError(_explain(e, path)) from e
@@ -260,7 +267,7 @@ def _help() -> NoReturn:
     print((sys.modules["__main__"].__doc__ or "").strip() + "\n\nflags:")
     for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]) or []:
         print(f"  --{flag.name:<38} {flag.help}")
-    print(f"  --{CONFIG.name:<38} {flags.FLAGS[CONFIG.name].help}")
+    print(f"  --{'config':<38} {_FILE}")
     for key, value in flat(to_dict(default())).items():
         print(f"  --config.{key:<31} {value!r}")
     print("\nwhat each key means: gemma_lora/config.py; several hosts: gemma_lora/distributed.py")

@@ -31,6 +31,7 @@ from gemma_lora.errors import Parser, UserError, run_main
 LOST = 75  # exit status of a process whose companions are gone; EX_TEMPFAIL: try again
 # What XLA says of a program of this process alone.
 _OWN_FAULTS = ("INVALID_ARGUMENT", "UNIMPLEMENTED")
+FLAGS = ("--coordinator", "--processes", "--process", "--connect_timeout", "--heartbeat_timeout")
 _first = False  # is this process 0; known once all have joined
 
 

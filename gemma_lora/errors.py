@@ -39,10 +39,14 @@ def require_name(what: str, got: Any, valid: Iterable[str]) -> None:
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are UserErrors; --help shows the module's docstring.
 
-    module: the name of the module that `python -m` runs, doc: its docstring.
+    module: the name of the module that `python -m` runs, doc: its docstring; elsewhere: flags that
+    were taken off the command line before.
     """
 
-    def __init__(self, module: str = "", doc: str = "", **settings: Any):
+    def __init__(
+        self, module: str = "", doc: str = "", elsewhere: tuple[str, ...] = (), **settings: Any
+    ):
+        self._elsewhere = elsewhere
         super().__init__(
             prog=f"python -m {module}",
             description=doc,
@@ -55,9 +59,10 @@ class Parser(argparse.ArgumentParser):
         """As argparse's; names the flag that is unknown before one that it may have been."""
         args = sys.argv[1:] if args is None else args
         for name in (arg.partition("=")[0] for arg in args):
-            if name.startswith("--") and name not in self._option_string_actions:
+            if name.startswith("--") and name not in ("--", *self._option_string_actions):
                 flags = [x for x in self._option_string_actions if x.startswith("--")]
-                raise UserError(f"command line: {name} is unknown, {nearest(name, flags)}")
+                near = nearest(name, (*flags, *self._elsewhere))
+                raise UserError(f"command line: {name} is unknown, {near}")
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

@@ -2,8 +2,10 @@
 
     python -m gemma_lora.evaluate --config C [--adapter DIR] --config.data.path=F --out DIR
 
-prints one JSON line, which names the data, and writes DIR/ledger/*.parquet. It takes data.path or
-data.source, never data.validation_path. Without --adapter it evaluates the base model.
+prints one JSON line, which names the data, the weights and the base that the adapter says it was
+made on (one base may have two names: they are not compared), and writes DIR/ledger/*.parquet. It
+takes data.path or data.source, never data.validation_path. Without --adapter it evaluates the base
+model.
 On several hosts each process gets the command, with the flags of gemma_lora/distributed.py.
 """
 
@@ -24,7 +26,7 @@ from jax.sharding import Mesh
 
 from gemma_lora import distributed
 from gemma_lora.compiled import keep_compiled
-from gemma_lora.config import parse_flags, to_dict
+from gemma_lora.config import check, parse_flags, to_dict
 from gemma_lora.data import sources
 from gemma_lora.data.dataset import Batch, Dataset, shapes
 from gemma_lora.data.examples import check_vocabulary, tokenize
@@ -290,7 +292,10 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     distributed.agree("the command", json.dumps([to_dict(config), str(adapter)], sort_keys=True))
     if (out / "config.json").exists():  # its ledger would be overwritten
         raise UserError(f"--out {out} is the workdir of a training run; give another directory")
+    check(config)
     sources.check_place(config.data.source, config.data.path)
+    mesh = make_mesh(config.mesh)
+    check_rows(config.data.batch_size, mesh, config.train.micro_batches)
     if adapter:
         peft.require(adapter)
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
@@ -302,8 +307,6 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     if not found.examples:
         raise UserError(f"{where}: no example has a token that carries loss within data.seq_len")
     check_vocabulary(found.examples, pretrained.arch.vocab)
-    mesh = make_mesh(config.mesh)
-    check_rows(config.data.batch_size, mesh, config.train.micro_batches)
     model = build_model(pretrained.arch, config, wrap, mesh)
     _make(out)
     base = load_base(pretrained, model, mesh)
@@ -318,7 +321,9 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
         write_ledger(out / "ledger" / "eval_000000.parquet", [ledger])
         write_examples(out / "ledger" / "examples.parquet", {"eval": data}, tokenizer)
     left_out = {"truncated": len(found.truncated), "dropped": len(found.dropped)}
-    measured = {"data": where, "adapter": str(adapter) if adapter else None}
+    measured = {"data": where, "weights": config.weights, "adapter": None, "adapter_base": None}
+    if adapter:
+        measured |= {"adapter": str(adapter), "adapter_base": peft.base_of(adapter)}
     return finite(metrics(ledger, config.data.batch_size) | left_out | measured)
 
 

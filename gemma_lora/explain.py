@@ -78,7 +78,8 @@ def _categories(categories: list[str], worst: np.ndarray) -> list[str]:
     lines = ["", f"# Categories of the {len(worst)} most suspicious", ""]
     lines += [
         "An example's category is the first below that it has a reason for: a rule that it breaks, "
-        f"or a score by which its rank is in the highest {WORST:.0%} (equal ones share theirs).",
+        f"or a score by which its rank is in the highest {WORST:.0%}, of which there is always one "
+        "(equal ones share theirs).",
         "",
         *(f"- `{k}`: {why}" for k, why in LABEL_REASONS.items()),
         "",
@@ -169,8 +170,9 @@ def _confident(found: confident.Issues, words: dict[int, str]) -> list[str]:
     lines += [
         f"Of {found.known} labels {issues} ({issues / found.known:.1%}) are doubted out of fold: "
         "of the labels whose p reaches the mean p that they have over their own examples, the "
-        "likeliest is another. The model's own mistakes count, too: with a weak model there are "
-        "more of these than label errors.",
+        "likeliest is another (where several reach theirs, the likeliest of all labels, as "
+        "cleanlab has it). The model's own mistakes count, too: with a weak model there are more "
+        "of these than label errors.",
         "",
         "Of each given label, the p above which an example counts as confidently of a label, and "
         f"how many are so of {', '.join(named)} (of its own at least 1, as cleanlab counts).",

@@ -31,7 +31,7 @@ import numpy as np
 from gemma_lora import config as configs
 from gemma_lora.arch import Arch
 from gemma_lora.data.examples import control_end
-from gemma_lora.errors import Parser, UserError, run_main
+from gemma_lora.errors import Parser, UserError, require_name, run_main
 from gemma_lora.files import path_argument, read_json, remote, write_text
 from gemma_lora.lora import LoRAConfig, merge, merged, modules
 from gemma_lora.metrics import banner
@@ -55,7 +55,7 @@ TEXTS = (
     "def area(radius):\n    # of a circle\n    return 3.14159 * radius ** 2\n\n\nprint(area(1.5))",
 )
 # Of a run's config, what its model is made from.
-CONFIG = ("weights", "arch", "weights_sha256", "tokenizer", "dtype", "quantize", "data")
+CONFIG = ("weights", "arch", "weights_sha256", "tokenizer", "dtype", "quantize", "data.chat")
 # Of a Hugging Face base: the tokenizer's files, and what its config.json says beyond the Arch.
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -111,6 +111,7 @@ def export(
     if shard_gb is not None and not shard_gb > 0:
         raise UserError(f"--max-shard-gb is {shard_gb}, expected a positive number")
     run = read_config(workdir, CONFIG)
+    require_name(f"{workdir / 'config.json'}: dtype", run["dtype"], DTYPES)
     if not (workdir / "adapter").is_dir():
         raise UserError(
             f"{workdir} has no adapter: the run has not finished. The command that started it "

@@ -168,7 +168,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not valid JSON ({e}); get the file again") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a JSON {type(found).__name__}, not an object; get it again")

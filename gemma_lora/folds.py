@@ -74,6 +74,8 @@ def _is_of(path: pathlib.Path, held: Dataset) -> bool:
 def run(workdir: pathlib.Path, folds: int) -> dict[str, np.ndarray]:
     """Makes the folds that are missing; returns the columns of scores.parquet, in id order."""
     distributed.agree("--folds", str(folds))
+    if folds < 2:
+        raise UserError(f"--folds is {folds}, expected at least 2")
     opened = reopen(workdir)
     require_writable(workdir / "folds" / "scores.parquet")
     config, wrap, mesh = opened.config, opened.wrap, opened.mesh
@@ -146,7 +148,7 @@ def _scores(rows: dict[str, np.ndarray], held: Dataset) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = Parser("gemma_lora.folds", __doc__)
+    parser = Parser("gemma_lora.folds", __doc__, elsewhere=distributed.FLAGS)
     parser.add_argument("--workdir", required=True, type=path_argument)
     parser.add_argument("--folds", type=int, default=2)
     options = parser.parse_args()

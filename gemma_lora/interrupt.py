@@ -2,15 +2,21 @@
 
 import os
 import signal
+import threading
 from typing import Any
 
 
 class Interrupt:
-    """While it is entered, SIGINT and SIGTERM (a preemption) ask for a stop after the step."""
+    """While it is entered, SIGINT and SIGTERM (a preemption) ask for a stop after the step.
+
+    In another thread than the main one, which alone hears of signals, nothing asks.
+    """
 
     def __enter__(self) -> "Interrupt":
         self.asked = False
-        self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        here = threading.current_thread() is threading.main_thread()
+        asking = (signal.SIGINT, signal.SIGTERM) if here else ()
+        self._old = {s: signal.signal(s, self._ask) for s in asking}
         return self
 
     def _ask(self, number: int, frame: Any) -> None:

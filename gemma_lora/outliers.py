@@ -167,6 +167,8 @@ def length_bins(tokens: np.ndarray) -> np.ndarray:
 def length_z(loss: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """[n]: (loss - median) / (1.4826 median absolute deviation), both of the example's length bin.
 
+    Where that deviation is 0, as more than half of the losses are one, 1.2533 times the mean
+    absolute one stands for it: both are the standard deviation of normal losses.
     Losses of short completions vary more, and without bins they would fill both ends of the list.
     """
     bins = length_bins(tokens)
@@ -176,7 +178,10 @@ def length_z(loss: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         # An example whose loss is no number has no place, and leaves the others theirs.
         finite = inside[~np.isnan(inside)]
         away = inside - (np.median(finite) if len(finite) else np.nan)
-        deviation = 1.4826 * np.median(np.abs(away[~np.isnan(inside)])) if len(finite) else 0
+        apart = np.abs(away[np.isfinite(away)])
+        deviation = 0.0
+        if len(apart):
+            deviation = 1.4826 * np.median(apart) or 1.2533 * apart.mean()
         out[bins == b] = away / deviation if deviation else np.sign(away)
     return out
 
@@ -309,7 +314,7 @@ def broken_rules(workdir: pathlib.Path) -> tuple[dict[str, dict[str, str]], list
             words[e["label"]] = e["answer"].strip()
             of = e["prompt"], e["answer"], e["length"], e["label"]
             rows.append(rules.Row(e["id"], split, *of))
-    seq_len = read_config(workdir, ("data",))["data"]["seq_len"]
+    seq_len = read_config(workdir, ("data.seq_len",))["data"]["seq_len"]
     trained = {r.id for r in rows if r.split == "train"}
     rare = rules.imbalance([r for r in rows if r.split == "train"]) or {}
     lines = [f"- label {code(words[k])}: {x:.1%} of the labelled" for k, x in rare.items()]

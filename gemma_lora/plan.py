@@ -269,7 +269,7 @@ def read_prices(path: str) -> dict[str, Any]:
         good = all(isinstance(found[k], str) and found[k] for k in ("source", "currency"))
         chips = found["chip_hour"]
         good = good and all(isinstance(v, int | float) and v >= 0 for v in chips.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"price file {path}: {type(e).__name__}: {e}; {_PRICES}") from e
     if not good:
         raise UserError(f"price file {path}: {_PRICES}")
@@ -401,12 +401,13 @@ def main() -> None:
         rows.append(plan(job, examples, prices))
         if asked.largest and "error" not in rows[-1]:
             rows[-1]["largest"] = largest(job)
-    if all("error" in row for row in rows):
-        raise UserError("; ".join(f"{row['topology']} cannot run: {row['error']}" for row in rows))
+    failed = [f"{row['topology']} cannot run: {row['error']}" for row in rows if "error" in row]
     if asked.json:
         print(json.dumps({"rows": rows, "assumptions": ASSUMPTIONS, "prices": prices}, indent=2))
-    else:
+    elif len(failed) < len(rows):
         print(table(rows, prices))
+    if len(failed) == len(rows):
+        raise UserError("; ".join(failed))
 
 
 if __name__ == "__main__":

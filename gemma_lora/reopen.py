@@ -13,7 +13,7 @@ from gemma_lora.attention import chosen
 from gemma_lora.checkpoint import Checkpoints
 from gemma_lora.config import check, default
 from gemma_lora.data.dataset import Dataset
-from gemma_lora.data.pipeline import load_data, total_steps
+from gemma_lora.data.pipeline import check_files, load_data, total_steps
 from gemma_lora.errors import UserError
 from gemma_lora.lora import LoRAConfig, started_from_base
 from gemma_lora.metrics import say
@@ -57,6 +57,7 @@ def reopen(workdir: pathlib.Path, which: str = "0") -> Run:
     if which != "0" and not any(p.name.isdigit() for p in checkpoints.glob("*")):
         raise UserError(f"{checkpoints} holds no checkpoint: expected --step 0")
     [begun], _ = read_records(workdir / "run.json", (*FINGERPRINTS, "best_step"))
+    check_files(config)
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
     wrap = LoRAConfig(**config.lora)
     mesh = _mesh(config)
@@ -95,14 +96,15 @@ def _mesh(config: ConfigDict) -> Mesh:
 
 def _read_config(workdir: pathlib.Path) -> ConfigDict:
     """The config of the run in a workdir; UserError where it is missing or of another version."""
-    config = ConfigDict(read_config(workdir, ("data", "lora")))
+    found = read_config(workdir, ())
     try:
+        config = ConfigDict(found)
         # JSON has no tuples.
         pairs = {k: tuple(v) for k, v in config.data.items() if isinstance(v, list)}
         config.data.update(pairs)
         for k in ("rank_pattern", "alpha_pattern"):
             config.lora[k] = tuple(map(tuple, config.lora[k]))
-    except (AttributeError, KeyError, TypeError) as e:
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{workdir / 'config.json'} is of another version: {e}") from e
     check(config)
     return config

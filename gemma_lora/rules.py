@@ -23,8 +23,9 @@ RULES: dict[str, str] = {
     "near_duplicate": f"Of the 8-byte pieces of this row and another, {NEAR:.0%} are in both.",
     "overlap": "A training and a validation row have the same prompt or are near duplicates.",
     "empty": "The completion holds no text.",
-    "cut": "The tokens fill the length: the end of the completion is probably missing.",
-    "full_prompt": "The tokens fill the length, and nearly all of them are the prompt's.",
+    "cut": "The tokens fill the length: the end of the completion, or all of it, is probably "
+    "missing.",
+    "full_prompt": "The tokens fill the length, and nearly all of the text is the prompt's.",
     "unfinished": "The completion ends as no sentence does, or in an open code block; weak "
     "evidence.",
     "arithmetic": "An annotation such as <<12*3=38>> does not hold.",
@@ -78,8 +79,11 @@ def _side(row: Row) -> str:
 # One row by itself.
 
 
-# In small letters: an A may be an answer. A statement of code ends in a semicolon.
-_OPEN = re.compile(r"(?:[,:([{]|\b(?:a|an|the|and|or|of|to|with|for|from|by|is|are))$")
+_FENCE = re.compile(r"^[ \t]*```", re.M)
+# In small letters: an A may be an answer. A statement of code ends in a semicolon; :( is a face.
+_OPEN = re.compile(
+    r"(?:[,:{]|(?<![:;=])[(\[]|\b(?:a|an|the|and|or|of|to|with|for|from|by|is|are))$"
+)
 
 
 def _alone(row: Row, seq_len: int) -> Iterator[tuple[str, str]]:
@@ -90,12 +94,13 @@ def _alone(row: Row, seq_len: int) -> Iterator[tuple[str, str]]:
         share = len(row.prompt) / max(1, len(row.prompt) + len(row.completion))
         # A row with a label loses the end of its prompt instead, see examples.tokenize.
         if row.label >= 0 or share > 0.9:
-            yield "full_prompt", f"{row.tokens} of {seq_len} tokens, {share:.0%} of it prompt"
+            yield "full_prompt", f"{row.tokens} of {seq_len} tokens, {share:.0%} of its text prompt"
         if row.label < 0:
             yield "cut", f"{row.tokens} of {seq_len} tokens"
     # A label or a short answer is no sentence.
     if row.label < 0 and len(completion.split()) >= 5:
-        if completion.count("```") % 2:
+        # A fence begins a line; in one, or about code in a line, there may be others.
+        if completion.count("```") % 2 and len(_FENCE.findall(completion)) % 2:
             yield "unfinished", "a ``` without its end"
         elif _OPEN.search(completion[-20:]):
             yield "unfinished", f"ends in {completion[-20:]!r}"
@@ -117,7 +122,7 @@ def _copies(rows: list[Row]) -> Iterator[tuple[int, str, str]]:
         prompts[prompt].append(i)
     for prompt, group in prompts.items():
         # A prompt that is always the same, or empty, says nothing about its row.
-        trivial = not prompt or len(group) > _common(len(rows))
+        trivial = not prompt or len(group) == len(rows) or len(group) > _common(len(rows))
         same: dict[str, list[int]] = collections.defaultdict(list)
         for i in group:
             same[pairs[i][1]].append(i)
@@ -213,6 +218,10 @@ def _compare(
     """group: row -> its copies and itself; what is found of it and other rows. linked: row -> those
     that shared a band with it."""
     own = {i: set(_own(texts[i], template).tolist()) for i in group}
+    held = collections.Counter(piece for pieces in own.values() for piece in pieces)
+    # Such as an instruction that some of the rows begin with.
+    shared = {piece for piece, n in held.items() if n > _common(len(group))}
+    bare = {i: pieces - shared for i, pieces in own.items()}
     members = list(group)
     sides = {i: {_side(rows[c]) for c in copies} for i, copies in group.items()}
     others = {s: [j for j in members if sides[j] - {s}] for s in ("train", "validation")}
@@ -222,8 +231,9 @@ def _compare(
         near = [*linked[i], *members[at + 1 : at + 33]]
         near += [j for s in sides[i] for j in others[s][:32]]
         for j in dict.fromkeys(near):
-            both = len(own[i] & own[j])
-            alike = both / (len(own[i]) + len(own[j]) - both)
+            enough = min(len(bare[i]), len(bare[j])) >= _FEWEST
+            a, b = (bare[i], bare[j]) if enough else (own[i], own[j])
+            alike = len(a & b) / len(a | b)
             if alike < NEAR or i == j:
                 continue
             for this, other in ((i, j), (j, i)):

@@ -43,8 +43,15 @@ def bootstrap(before: dict[str, np.ndarray], after: dict[str, np.ndarray], seed:
 
 
 def interval(draws: np.ndarray) -> list[float] | None:
-    """[lo, hi], the central 95 % of the draws; None where they are not finite."""
-    return np.quantile(draws, [0.025, 0.975]).tolist() if np.isfinite(draws).all() else None
+    """[lo, hi], the central 95 % of the draws that are finite; None where one in 20 is not.
+
+    A few are not where resamples miss a small group; an example whose loss is not finite is in 63 %
+    of them.
+    """
+    finite = np.isfinite(draws)
+    if finite.mean() <= 0.95:
+        return None
+    return np.quantile(draws[finite], [0.025, 0.975]).tolist()
 
 
 def conclusion(limits: list[float] | None, n: int, neither: str, below: str, above: str) -> str:

@@ -19,7 +19,9 @@ from gemma_lora.loss import Sweep, TokenStats, token_stats
 from gemma_lora.model import Transformer, head_weight, logits
 from gemma_lora.sharding import replicated, tree_shardings
 
-Batch = dict[str, jax.Array]  # the arrays of data.dataset.Batch
+# The arrays of data.dataset.Batch. loss_mask is 0 or 1: the ledger counts its targets, and knows of
+# no weights.
+Batch = dict[str, jax.Array]
 
 
 @flax.struct.dataclass
@@ -35,19 +37,27 @@ def state_maker(
     model: Transformer, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[jax.Array], State]:
     """The jitted maker of step 0 from a key: A random, B zero, on their shardings at once."""
-    shardings = tree_shardings(model.abstract()["lora"], mesh)
+    boxed = model.abstract()["lora"]
+    shardings = tree_shardings(boxed, mesh)
 
     def init(key: jax.Array) -> State:
         token = jnp.zeros((1, 1), jnp.int32)
         lora = nn.unbox(model.init(key, token, token, token)["lora"])
         return State(jnp.zeros((), jnp.int32), lora, tx.init(lora))
 
+    def as_its_parameter(x: Any, parameter: jax.ShapeDtypeStruct, sharding: Any) -> Any:
+        if isinstance(x, optax.MaskedNode):  # the parameter of another group
+            return x
+        return sharding if x.shape == parameter.shape else replicated(mesh)
+
     of_optimizer = optax.tree_utils.tree_map_params(
         tx,
-        lambda _, sharding: sharding,
+        as_its_parameter,
         jax.eval_shape(init, jax.random.key(0)).opt_state,
+        nn.unbox(boxed),
         shardings,
         transform_non_params=lambda _: replicated(mesh),
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )
     return jax.jit(init, out_shardings=State(replicated(mesh), shardings, of_optimizer))
 

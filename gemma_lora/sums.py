@@ -132,8 +132,12 @@ def final_answer(text: str) -> str:
         # A fraction is one number.
         whole = evaluate(last.replace("\N{MINUS SIGN}", "-").replace("%", ""))
         reached += [] if whole is None else [whole]
-    # Factor 100: steps in dollars or parts of one, the answer in cents or per cent.
-    if not reached or answer[0] in (reached[-1], 100 * reached[-1]):
+    if not reached:
+        return ""
+    # Factor 100: steps in dollars or parts of one, the answer in cents or per cent, or the reverse.
+    # What is no whole number may be counted in whole ones.
+    at = reached[-1]
+    if answer[0] in (at, 100 * at, at / 100, math.floor(at), math.ceil(at)):
         return ""
     # Many a last step is not annotated, and says its result in words; some write 3 400.
     # What stands before an annotation are its operands.

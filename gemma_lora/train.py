@@ -67,30 +67,42 @@ from gemma_lora.sharding import (
 from gemma_lora.step import init_state, jit_eval_step, jit_train_step
 from gemma_lora.weights import peft
 from gemma_lora.weights.pretrained import build_model, fingerprint, load_base, open_weights
-from gemma_lora.workdir import claim, forget_after, require_space
-
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; resumed if it exists.")
+from gemma_lora.workdir import claim, forget_after, release, require_space
 
 
 def main() -> None:
     phases = Phases(imports=True)
+    # Defined here: a program that imports this module may have a flag of that name.
+    flags.DEFINE_string("workdir", None, "Directory of the run; resumed if it exists.")
     config = configs.parse_flags(("config", "workdir"))
     keep_compiled()
-    train(config, path_of(WORKDIR.value), phases)
+    train(config, path_of(flags.FLAGS.workdir), phases)
 
 
 def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> dict[str, Any]:
-    """Runs or resumes the training a config describes; returns the report.
+    """Runs or resumes the training a config describes; returns the report ({} but on process 0).
 
-    phases: what was spent before; None: nothing.
+    phases: what was spent before; None: nothing. Raises UserError for what the run cannot use and,
+    when all is written, for a loss that is not finite; SystemExit(130) where a signal interrupted
+    it, which in another thread than the main one none does. The peak memory it records is that of
+    the process. compiled.keep_compiled() before it spares later processes the compilation.
     """
-    phases = phases or Phases()
+    configs.check(config)
+    try:
+        return _train(config, workdir, phases or Phases())
+    finally:
+        release()
+
+
+def _train(config: Any, workdir: pathlib.Path, phases: Phases) -> dict[str, Any]:
     mark = phases.mark
 
     # ---- what and where -------------------------------------------------------------------------
     plain = configs.to_dict(config)
     wrap = LoRAConfig(**config.lora)
-    check_files(config.data)
+    check_files(config)
+    mesh = make_mesh(config.mesh)
+    check_rows(config.data.batch_size, mesh, config.train.micro_batches)
     begun = claim(workdir, plain, need_bytes=64 * 2**20)
     with mark("open weights"):
         pretrained = open_weights(
@@ -98,11 +110,10 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         )
         tokenizer = pretrained.tokenizer()
     arch = pretrained.arch
-    mesh = make_mesh(config.mesh)
-    check_rows(config.data.batch_size, mesh, config.train.micro_batches)
     model = build_model(arch, config, wrap, mesh)
     abstract = model.abstract()
     adapted = check_targets(wrap, *nn.unbox((abstract["params"], abstract.get("lora"))))
+    peft.check_spelling(wrap, nn.unbox(abstract["lora"]), arch)
     # Three checkpoints of A, B and Adam's two moments, in float32, can be there at once.
     require_space(workdir, 64 * 2**20 + 3 * 12 * count(abstract["lora"]))
     made_with = manifest.facts(config)
@@ -424,6 +435,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         say(f"\ninterrupted after step {step}; the same command continues from there")
         distributed.wait_for_all()
         raise SystemExit(130)
+    written = report.write(workdir) if jax.process_index() == 0 else {}
     best = notes["best_step"]
     if best is not None:
         checkpoints = Checkpoints(workdir / "checkpoints")
@@ -435,7 +447,6 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
         if jax.process_index() == 0:
             base_model = pretrained.base_name, pretrained.inner, pretrained.revision
             peft.export(workdir / "adapter", lora, exported, arch, *base_model)
-    written = report.write(workdir) if jax.process_index() == 0 else {}
     distributed.wait_for_all()
     if status == "nan":
         ids = run["nan"]["ids"]

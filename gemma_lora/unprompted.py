@@ -32,6 +32,7 @@ from gemma_lora.metrics import say
 from gemma_lora.outliers import read_ledger
 from gemma_lora.reopen import STEPS, Run, load, reopen, restored
 from gemma_lora.step import jit_eval_step
+from gemma_lora.workdir import require
 
 
 def shared_ends(prompts: list[np.ndarray]) -> tuple[int, int]:
@@ -75,9 +76,10 @@ def losses(opened: Run, lora: Any, base: Any, examples: list[Example]) -> np.nda
 
 def run(workdir: pathlib.Path, which: str) -> dict[str, Any]:
     """Writes unprompted.parquet; returns its columns, in id order."""
-    opened = reopen(workdir, which)
-    require_writable(workdir / "unprompted.parquet")
+    require(workdir)
     ledger = read_ledger(workdir)
+    require_writable(workdir / "unprompted.parquet")
+    opened = reopen(workdir, which)
     examples = sorted(opened.train_set.examples, key=lambda e: e.id)
     there = np.array([1 <= e.answer_from < len(e.tokens) for e in examples])
     whole = [e for e, inside in zip(examples, there, strict=True) if inside]

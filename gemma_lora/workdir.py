@@ -16,7 +16,7 @@ from typing import IO, Any
 import jax
 
 from gemma_lora import distributed
-from gemma_lora.config import default, differences, to_dict
+from gemma_lora.config import default, differences, flat, to_dict
 from gemma_lora.errors import UserError, nearest
 from gemma_lora.files import remote, write_text
 
@@ -89,8 +89,7 @@ def _lock(workdir: pathlib.Path) -> None:
     or a file system without locks nothing is known.
     """
     global _locked
-    if _locked:
-        _locked.close()
+    release()
     if remote(workdir):
         return
     _locked = (workdir / ".lock").open("w")
@@ -103,6 +102,14 @@ def _lock(workdir: pathlib.Path) -> None:
         ) from e
     except OSError:
         pass  # a file system without locks
+
+
+def release() -> None:
+    """Lets go of the workdir that this process claimed last."""
+    global _locked
+    if _locked:
+        _locked.close()
+        _locked = None
 
 
 def ledger_files(workdir: pathlib.Path, kind: str) -> dict[int, pathlib.Path]:
@@ -120,22 +127,28 @@ def require(workdir: pathlib.Path) -> None:
     if file.exists():
         return
     why = f"{file} is missing" if workdir.is_dir() else "there is no such directory"
-    runs = [p.parent.name for p in workdir.parent.glob("*/config.json")]
+    # Other directories have a config.json, too. A bucket would list all that is below its root.
+    runs = [] if remote(workdir) else [p.parent.name for p in workdir.parent.glob("*/run.json")]
     near = f"; {nearest(workdir.name, runs)}" if runs else ""
     raise UserError(f"{workdir} is not the workdir of a run: {why}{near}")
 
 
 def read_config(workdir: pathlib.Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """The config.json of a run; UserError where it is missing, damaged or lacks one of the keys."""
+    """The config.json of a run; UserError where it is missing or damaged.
+
+    It must have the keys, such as 'data.path', with values of the types that the default has.
+    """
     require(workdir)
-    path, usual = workdir / "config.json", to_dict(default())
+    path, usual = workdir / "config.json", flat(to_dict(default()))
     [found], _ = read_records(path, ())
-    if missing := [k for k in keys if k not in found]:
+    there = flat(found)
+    if missing := [k for k in keys if k not in there]:
         raise UserError(f"{path} is not the config of a run: it lacks {', '.join(missing)}")
     for k in keys:
-        if type(found[k]) is not type(usual[k]):
+        kinds = (int, float) if isinstance(usual[k], float) else type(usual[k])
+        if not isinstance(there[k], kinds):
             raise UserError(
-                f"{path} is damaged: {k} is {found[k]!r}, expected a {type(usual[k]).__name__}"
+                f"{path} is damaged: {k} is {there[k]!r}, expected a {type(usual[k]).__name__}"
             )
     return found
 
@@ -152,11 +165,12 @@ def read_records(path: pathlib.Path, keys: tuple[str, ...]) -> tuple[list[dict[s
         *parts, rest = text.split("\n") if path.suffix == ".jsonl" else [text, ""]
         for part in parts:
             found.append(json.loads(part))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         where = f", after {len(found)} whole lines" if found else ""
         raise UserError(f"{path} is missing or damaged{where}: {e}") from e
     if not all(isinstance(x, dict) and x.keys() >= set(keys) for x in found):
-        raise UserError(f"{path} is damaged: expected objects with the keys {', '.join(keys)}")
+        named = f" with the keys {', '.join(keys)}" if keys else ""
+        raise UserError(f"{path} is damaged: expected objects{named}")
     return found, bool(rest)
 
 
@@ -183,7 +197,7 @@ def require_space(workdir: pathlib.Path, need_bytes: int) -> None:
 def _read(file: pathlib.Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{file} is not JSON ({e}); give another --workdir") from e
     # A model's directory has a config.json, too.
     if not isinstance(found, dict) or not {"data", "lora", "train"} <= found.keys():

@@ -6,9 +6,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -eq 2 ] || { echo "usage: launch/setup.sh VENV EXTRAS, such as launch/setup.sh .venv demo" >&2; exit 2; }
 venv=$1 extras=$2
+known=$(sed -n '/^\[project.optional-dep/,/^$/s/ = \[.*//p' pyproject.toml)
 for extra in ${extras//,/ }; do
-  grep -q "^$extra = \[" pyproject.toml || {
-    echo "error: there is no extra $extra, but: $(sed -n '/^\[project.optional-dep/,/^$/s/ = \[.*//p' pyproject.toml | xargs)" >&2
+  grep -qxF -- "$extra" <<<"$known" || {
+    echo "error: there is no extra $extra; expected some of: ${known//$'\n'/ }" >&2
     exit 2
   }
 done

@@ -65,19 +65,12 @@ def needs(package: str):
     return pytest.importorskip(package, reason=f"{package} is not installed")
 
 
-DATA = pathlib.Path(
-    os.environ.get("GEMMA_LORA_DATA") or pathlib.Path(__file__).parents[2] / "shared" / "data"
-)
-
-
-def rows_of(name: str) -> pathlib.Path:
-    """The file of real rows DATA/name/train.jsonl; skips, saying where it looked, where it is not.
-
-    DATA is $GEMMA_LORA_DATA, by default shared/data beside the checkout: the rows are not ours to
-    keep in it.
-    """
-    path = DATA / name / "train.jsonl"
+def rows_of(name: str, split: str = "train") -> pathlib.Path:
+    """The file of real rows tiny.DATA/name/split.jsonl; skips, saying where it looked, where there
+    is none, and fails where GEMMA_LORA_DATA says that there is."""
+    path = tiny.DATA / name / f"{split}.jsonl"
     if not path.exists():
+        assert "GEMMA_LORA_DATA" not in os.environ, f"there is no {path}"
         pytest.skip(f"there is no {path}: GEMMA_LORA_DATA names the directory of the real rows")
     return path
 

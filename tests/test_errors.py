@@ -20,7 +20,7 @@ def entries(path: pathlib.Path) -> list[str]:
 
 
 def parsed(*arguments: str):
-    parser = errors.Parser("gemma_lora.x", "What it is.\n\n    a second paragraph")
+    parser = errors.Parser("gemma_lora.x", "What it is.", elsewhere=("--coordinator",))
     parser.add_argument("--workdir", required=True, type=files.path_argument)
     parser.add_argument("--folds", type=int, default=2)
     return parser.parse_args(arguments)
@@ -34,12 +34,17 @@ def test_the_parser_takes_what_argparse_takes():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--worksdir", "a"), "--worksdir is unknown, did you mean --workdir? (valid: --folds,"),
+        (("--worksdir", "a"), "--worksdir is unknown, did you mean --workdir, "),
         (("--workdir", "a", "--fold=3"), "--fold is unknown, did you mean --folds, "),
         ((), "required: --workdir"),
         (("--workdir", "a", "--folds", "x"), "argument --folds: invalid int value: 'x'"),
         (("--workdir", ""), "argument --workdir: expected a path, got ''"),
         (("--workdir", "a", "b"), "unrecognized arguments: b"),
+        (
+            ("--workdir", "a", "--coordinatr", "b"),
+            "did you mean --coordinator, --workdir?",
+        ),
+        (("--workdir", "a", "--", "b"), "unrecognized arguments: -- b"),
     ],
 )
 def test_the_parser_says_what_is_wrong_in_one_line(arguments, words):

@@ -112,6 +112,14 @@ def test_install_puts_the_tree_on_every_host(launch):
 def test_setup_says_what_it_takes():
     done = subprocess.run(["bash", str(LAUNCH / "setup.sh")], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("usage: launch/setup.sh VENV EXTRAS")
+    for wrong in ("tets", "dependencies", "d.mo"):  # the second is a list of pyproject.toml
+        done = subprocess.run(
+            ["bash", str(LAUNCH / "setup.sh"), "/nowhere/venv", f"demo,{wrong}"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert f"there is no extra {wrong}; expected some of: tpu gpu clean gs demo" in done.stderr
 
 
 @pytest.mark.once

@@ -188,6 +188,16 @@ def test_length_z_compares_like_with_like():
     assert np.array_equal(outliers.length_z(np.ones(5), np.arange(5)), np.zeros(5))
 
 
+def test_length_z_where_most_losses_are_one():
+    """The mean deviation then tells the worst from the rest; a loss without a number has no z."""
+    loss = np.array([0.0] * 60 + [1e-4] * 39 + [9.0])
+    got = outliers.length_z(loss, np.full(100, 5))
+    assert got[99] > 100 * got[60:99].max() > 0 and not got[:60].any()
+    assert got[99] == pytest.approx(9 / (1.2533 * np.abs(loss).mean()))
+    got = outliers.length_z(np.array([0.0, 0.0, 0.0, np.nan, np.inf]), np.full(5, 5))
+    assert np.array_equal(got, [0, 0, 0, np.nan, 1], equal_nan=True)
+
+
 @pytest.mark.parametrize("short", [[3], [3] * 19, [3] * 20])
 def test_no_length_bin_is_smaller_than_it_says(short):
     tokens = np.array([*short, *[5] * 39, *range(6, 60)])

@@ -133,6 +133,18 @@ def test_spearman(x, y, expected):
     assert stats.spearman(np.array(x), np.array(y)) == pytest.approx(expected, nan_ok=True)
 
 
+def test_an_interval_is_of_the_draws_that_are_finite_if_nearly_all_are():
+    draws = np.arange(1000.0)
+    whole = stats.interval(draws)
+    assert whole == np.quantile(draws, [0.025, 0.975]).tolist()
+    draws[::21] = np.nan
+    rest = draws[np.isfinite(draws)]
+    assert stats.interval(draws) == np.quantile(rest, [0.025, 0.975]).tolist()
+    draws[1::21] = np.inf
+    assert stats.interval(draws) is None
+    assert stats.interval(np.full(10, np.nan)) is None
+
+
 def test_final_steps_slope_window_and_interval():
     steps = np.arange(1.0, 101)
     line = np.where(steps <= 80, 7.0, 3 - 0.01 * steps)  # the last 20 % alone are on a line

@@ -19,6 +19,14 @@ def test_harm_at_the_end_is_said(tmp_path):
     assert f"{fell}**rose beyond its 95 % interval**." in lead
 
 
+def test_a_lower_loss_whose_adapter_was_not_kept(tmp_path):
+    """Of a training example of that eval no loss was finite, or a kill came before run.json."""
+    r = report.build(make(tmp_path, losses=(1.0, 0.8), probe=(1.0, 0.9), best_step=0))
+    assert r["validation"]["loss"]["conclusion"] == (
+        "a later eval had a lower validation loss, but its adapter was not kept"
+    )
+
+
 @pytest.mark.parametrize(("n", "concludes"), [(2, False), (5, False), (6, True)])
 def test_a_handful_of_examples_is_no_evidence(tmp_path, n, concludes):
     loss = report.build(make(tmp_path, losses=(9.0, 1.0), probe=(9.0, 1.0), n=n))

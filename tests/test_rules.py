@@ -39,6 +39,7 @@ def test_every_rule_has_a_sentence_and_no_other_name_is_used():
         row("a", "Same", "same, "),
         row("b", "same ", "SAME,"),
         row("c", "same", "", tokens=LONG),
+        row("d", "another", "same"),
     ]
     names = {name for why in check(rows, LONG).values() for name in why}
     assert {"duplicate", "conflict", "empty", "cut"} <= names <= set(RULES)
@@ -77,6 +78,7 @@ def test_a_prompt_that_all_rows_share_is_no_conflict_and_no_overlap():
         for i in range(30)
     ]
     assert check(rows, LONG) == {}
+    assert check(rows[:4], LONG) == {}
 
 
 @pytest.mark.parametrize("count", [2, 40])
@@ -107,6 +109,18 @@ def test_a_near_duplicate_in_a_large_group_of_alike_rows(split):
     rows.append(row("near", rows[5].prompt + " more", "fine", split))
     assert set(flagged(rows, "near_duplicate")) == {"5", "near"}
     assert set(flagged(rows, "overlap")) == (set() if split == "train" else {"5", "near"})
+
+
+def test_an_instruction_that_some_of_the_rows_begin_with_is_no_likeness():
+    """Eight tasks, each with a long definition; of one of them two rows are alike."""
+    tasks = [prose(i, 150) for i in range(8)]
+    rows = [
+        row(str(i), f"{tasks[i % 8]} {prose(100 + i, 20)}", prose(500 + i, 20), side)
+        for i, side in enumerate(["train", "validation"] * 100)
+    ]
+    assert check(rows, LONG) == {}
+    rows.append(row("near", rows[8].prompt, rows[8].completion + " more", "validation"))
+    assert set(flagged(rows, "near_duplicate")) == {"8", "near"}
 
 
 def test_near_duplicates_are_recalled_among_many():
@@ -193,6 +207,10 @@ def test_rows_that_fill_the_length():
         ("of the", False),
         ("SELECT name FROM users WHERE age > 30;", False),
         ("The correct answer is option A", False),
+        ("I could not find it anywhere, sorry :(", False),
+        ("I could not find it anywhere, sorry (", True),
+        ("In Markdown use ``` to open a block of code.", False),
+        ("In Markdown use ```code``` in a line.", False),
     ],
 )
 def test_unfinished_completions(completion, bad):
@@ -322,6 +340,11 @@ def test_arithmetic_is_reported_for_its_row():
         ("That is <<5+1=6>>6.\nThen one more is 7.\n#### 7", False),
         ("First 7.\nThat is <<5+1=6>>6.\n#### 7", True),
         ("That is <<500*2=1000>>1000.\n#### 1,000", False),
+        ("That is <<3*50=150>>150 cents.\n#### 1.50", False),
+        ("That is <<100/30=3.33>>3.33 buses.\n#### 4", False),
+        ("That is <<100/30=3.33>>3.33 buses.\n#### 3", False),
+        ("That is <<100/30=3.33>>3.33 buses.\n#### 5", True),
+        ("That is <<5*3=15>>15.\n#### 14", True),
         ("That is <<2*5=10.00>>10.\n#### $10", False),
         ("That is <<.5-.25=.25>>.25 a can.\n#### 25", False),
         ("Since <<1=1>>1, it is 17 000/5 = 3 400.\n#### 3400", False),

@@ -102,7 +102,7 @@ def test_broken_files(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b"\n")
     assert "holds no rows" in message(read_path, tmp_path / "x.jsonl")
     (tmp_path / "d.jsonl").mkdir()
-    assert "cannot be read" in message(read_path, tmp_path / "d.jsonl")
+    assert "d.jsonl is a directory" in message(read_path, tmp_path / "d.jsonl")
 
 
 def test_missing_file_suggests_the_nearest(tmp_path):

@@ -301,6 +301,25 @@ def test_schedules():
         schedule(optim, 10)
 
 
+def test_optimizers_of_several_groups_and_of_other_shapes_than_the_parameters():
+    """Every leaf of the state is where its parameter is, or whole."""
+    model, _ = common.tiny_model(NAME, LoRAConfig(4, 8.0, 0.0))
+    mesh = common.one_device()
+    groups = optax.partition(
+        {"a": optax.adam(1e-3), "b": optax.lion(1e-3)},
+        lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key, tree),
+    )
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
+    for tx, like in ((groups, 3), (factored, 0)):  # moments of A are two, of B one
+        state = steps.init_state(model, tx, 0, mesh)
+        modules = len(jax.tree.leaves(state.lora)) // 2
+        where = {x.shape: x.sharding for x in jax.tree.leaves(state.lora)}
+        kept = [x for x in jax.tree.leaves(state.opt_state) if x.shape in where]
+        assert len(kept) == like * modules and all(x.sharding == where[x.shape] for x in kept)
+        updates, _ = tx.update(state.lora, state.opt_state, state.lora)
+        assert jax.tree.structure(updates) == jax.tree.structure(state.lora)
+
+
 def test_both_steps_sweep_the_head_as_the_config_says(monkeypatch):
     made = []
 

@@ -1,5 +1,7 @@
 """Whole runs: what they leave, that they repeat and resume to the bit, and what they refuse."""
 
+import concurrent.futures
+import fcntl
 import io
 import math
 import os
@@ -18,7 +20,7 @@ from common import one_device, read_json, tiny_arch
 from safetensors.numpy import load_file, save_file
 from tiny_run import ledger, left, on_record, records, settings
 
-from gemma_lora import config, evaluate, outliers, train
+from gemma_lora import evaluate, outliers, train
 from gemma_lora.data.pipeline import dataset, load_data
 from gemma_lora.errors import UserError
 from gemma_lora.loss import Sweep
@@ -244,56 +246,13 @@ def test_an_eval_with_a_loss_that_is_not_finite_is_not_the_best(inputs, tmp_path
     assert second < first and read_json(tmp_path / "run.json")["best_step"] == 0
 
 
-@pytest.mark.parametrize(
-    "changes,message",
-    [
-        ({"lora.rank": 0}, "lora.rank is 0, expected a whole number, at least 1"),
-        ({"lora.targets": "w_[qk]"}, "matches no module. Names: attn/k_proj"),
-        ({"data.batch_size": 6, "train.micro_batches": 4}, "data.batch_size 6 is not a multiple"),
-        ({"data.seq_len": 8, "data.loss_on": "completion"}, "data.seq_len 8"),
-        ({"optim.warmup_steps": 8}, "optim.warmup_steps is 8"),
-        ({"mesh.tensor": 3}, "needs 3 devices"),
-        ({"lora.init": "pissa", "lora.rank": 99}, "expected at most that as the rank"),
-    ],
-)
-def test_bad_input_leaves_no_run(changes, message, inputs, tmp_path, monkeypatch):
-    """Nor does it wait for the weights."""
-    monkeypatch.setattr(train, "load_base", None)
-    c = settings(inputs, changes)
-    with pytest.raises(UserError) as error:
-        config.check(c)  # as the command line does first
-        tiny_run.run(tmp_path, c)
-    assert message in str(error.value) and "\n" not in str(error.value)
-    assert {p.name for p in tmp_path.iterdir()} <= {".lock", "config.json"}
-
-
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("data.path", "rows.jsonl does not exist, did you mean row.jsonl?"),
-        ("data.validation_path", "rows.jsonl does not exist, did you mean row.jsonl?"),
-        ("data.exclude", "data.exclude .*rows.jsonl cannot be read: .*No such file"),
-    ],
-)
-def test_a_file_that_is_not_there_is_said_before_the_weights_are_looked_for(
-    key, message, inputs, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(train, "open_weights", None)
-    (tmp_path / "row.jsonl").touch()
-    with pytest.raises(UserError, match=message):
-        tiny_run.run(tmp_path / "run", settings(inputs, {key: str(tmp_path / "rows.jsonl")}))
-    assert not (tmp_path / "run").exists()
-
-
-def test_no_room_for_the_checkpoints_is_said_before_the_weights_are_loaded(
-    inputs, tmp_path, monkeypatch
-):
-    """Room enough for all else: the adapters and their moments are known once the model is."""
-    usage = shutil.disk_usage(tmp_path)._replace(free=64 * 2**20 + 100_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(train, "load_base", None)
-    with pytest.raises(UserError, match="has 64 MiB free, this run needs about 65 MiB"):
-        tiny_run.run(tmp_path, settings(inputs, {"lora.rank": 64}))
+def test_a_run_in_another_thread(straight, inputs, tmp_path):
+    """Which hears no signals; when it has ended its workdir is free."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pool.submit(tiny_run.run, tmp_path / "run", settings(inputs)).result()
+    assert left(tmp_path / "run") == left(straight[0])
+    with (tmp_path / "run" / ".lock").open() as f:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_workdir_of_another_run(straight, inputs):

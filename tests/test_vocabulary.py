@@ -129,13 +129,14 @@ def test_demo_against_transformers_on_data(demo, tmp_path):
 
     from gemma_lora.weights.gguf import demo_path
 
-    def rows(name: str, limit: int | None = None) -> list[str]:
-        with common.rows_of(name).open(encoding="utf-8") as f:
+    def rows(name: str, limit: int | None = None, split: str = "train") -> list[str]:
+        with common.rows_of(name, split).open(encoding="utf-8") as f:
             found = [json.loads(line) for line in f][:limit]
         return [v for row in found for v in row.values() if isinstance(v, str)]
 
     texts = [
         *rows("gsm8k"),
+        *rows("gsm8k", split="test"),
         *rows("alpaca_gpt4", 300),
         *rows("imdb", 500),
         *HARD,

@@ -6,6 +6,7 @@ integer: they need no libm, so every platform gets the same bits and the goldens
 """
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Mapping
@@ -14,6 +15,9 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
+
+# The real rows of the sets, NAME/train.jsonl, which are not ours to keep in the checkout.
+DATA = Path(os.environ.get("GEMMA_LORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 _SIZES = {
     "hidden_size": 32,

@@ -1,8 +1,11 @@
 """Rows -> examples: tokens with a loss mask; which of them are for training, which to validate."""
 
 import dataclasses
+import functools
 import hashlib
+import inspect
 import itertools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,7 +87,7 @@ def tokenize(rows: list[dict[str, Any]], tokenizer: Tokenizer, data: Any, where:
     settings = [data.seq_len, data.loss_on, data.chat, labels]
     name = cache.key(
         [
-            f"{_VERSION} {settings}",
+            f"{_code()} {settings}",
             tokenizer.fingerprint,
             *(f"{r.completion} {r.field} {r.label} {r.text}" for r in rendered),
         ]
@@ -96,7 +99,13 @@ def tokenize(rows: list[dict[str, Any]], tokenizer: Tokenizer, data: Any, where:
     return _assemble(found, rows, rendered)
 
 
-_VERSION = 1  # part of the cache key; raise it when _measure changes its output
+@functools.cache
+def _code() -> str:
+    """A hash of the code that `_measure` runs, so that no fork gets what another has kept."""
+    files = (__file__, inspect.getfile(Tokenizer))
+    return hashlib.sha256(b"".join(pathlib.Path(f).read_bytes() for f in files)).hexdigest()
+
+
 _WORTH_KEEPING = 1_000_000  # characters; fewer are tokenised as soon as a kept result is checked
 
 

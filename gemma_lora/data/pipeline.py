@@ -16,7 +16,7 @@ from gemma_lora.data.examples import (
     tokenize,
 )
 from gemma_lora.errors import UserError, nearest
-from gemma_lora.files import path_of
+from gemma_lora.files import local_path, path_of
 from gemma_lora.sharding import make_mesh, rows_here
 from gemma_lora.tokenizer import Tokenizer
 
@@ -117,8 +117,11 @@ def load_data(
     return *sets, counts
 
 
-def check_files(data: Any) -> None:
-    """Raises UserError where a file that config.data names is not there, before anything else."""
+def check_files(config: Any) -> None:
+    """Raises UserError where a file that a config names is not there, before anything else."""
+    data = config.data
+    if config.tokenizer and not local_path(config.tokenizer).exists():
+        raise UserError(f"tokenizer {config.tokenizer} does not exist")
     sources.check_place(data.source, data.path)
     if data.validation_path:
         sources.check_place("", data.validation_path)
@@ -153,8 +156,20 @@ def in_steps(value: float, steps_per_epoch: int) -> int:
 
 
 def total_steps(train: Any, steps_per_epoch: int) -> int:
-    """The optimizer steps that config.train asks for; early stopping may end a run before."""
-    return train.max_steps or train.epochs * steps_per_epoch
+    """The optimizer steps that config.train asks for; early stopping may end a run before.
+
+    Raises UserError for more than a run has time for: the rate of each of them is held.
+    """
+    total = train.max_steps or train.epochs * steps_per_epoch
+    if total > _MOST_STEPS:
+        raise UserError(
+            f"train.max_steps {train.max_steps}, train.epochs {train.epochs}: {total:,} steps, "
+            f"expected at most {_MOST_STEPS:,}"
+        )
+    return total
+
+
+_MOST_STEPS = 10**8
 
 
 def unshuffled(train_set: Dataset, config: Any) -> Dataset:
@@ -165,6 +180,13 @@ def unshuffled(train_set: Dataset, config: Any) -> Dataset:
 
 def told_of_copies(n: int) -> str:
     return f"{n} in the validation set with the text of a training example: they test nothing new"
+
+
+def _shown(e: Example) -> str:
+    """Where an example's completion begins, for a person who chose the template."""
+    prompt, completion = e.text[: e.completion], e.text[e.completion : e.end]
+    before, after = "... " * (len(prompt) > 60), " ..." * (len(completion) > 60)
+    return f"{before}{prompt[-60:]!r} -> {completion[:60]!r}{after}"
 
 
 def describe(
@@ -183,6 +205,7 @@ def describe(
         "source": data.path or data.source,
         "examples": f"{counts['train']:,} train, {counts['validation']:,} validation, "
         f"{counts['train_probe']:,} of train as probe",
+        "first example": _shown(train_set.examples[0]),
         "loss on": f"{data.loss_on} tokens",
         "batch": f"{data.batch_size} rows = {train.micro_batches} micro-batches x "
         f"{data.batch_size // train.micro_batches}; {lengths} tokens a row, "

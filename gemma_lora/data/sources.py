@@ -88,10 +88,12 @@ def check_place(source: str, path: str) -> None:
             f"data file {path}: ending {file.suffix!r} is unknown, {nearest(file.suffix, _READERS)}"
         )
     if not file.exists():
-        if not file.parent.exists():
+        if not file.parent.is_dir():
             raise UserError(f"data file {file} does not exist, nor does its directory")
-        there = [p.name for p in file.parent.iterdir()]
+        there = [p.name for p in file.parent.iterdir() if not p.name.startswith(".")]
         raise UserError(f"data file {file} does not exist, {nearest(file.name, there)}")
+    if file.is_dir():
+        raise UserError(f"data file {file} is a directory")
 
 
 def _jsonl(file: pathlib.Path) -> Iterator[Row]:

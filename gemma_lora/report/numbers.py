@@ -163,6 +163,9 @@ def _nothing_to_compare(w: Workdir) -> str | None:
     if len(w.evals) == 1:
         return "no eval after step 0: nothing to compare"
     if compare.best_of(w) is w.evals[0]:
+        start, *later = (e.mean("validation", "nll") for e in w.evals)
+        if any(x < start for x in later):
+            return "a later eval had a lower validation loss, but its adapter was not kept"
         return "no eval of train.eval_every had a lower validation loss than the base model"
     return None
 
@@ -222,10 +225,10 @@ def _notes(w: Workdir) -> list[str]:
     if last > run["steps"]:
         found.append(
             f"run.json was last written at step {run['steps']:,}, the run came to step {last:,.0f}:"
-            " its time, tokens and memory are those up to the former."
+            " its time, tokens, memory and best step are those up to the former."
         )
     if len(evals) == 1:
-        found.append("There is one eval, of step 0: every loss is the base model's.")
+        found.append("There is one eval, of step 0: the losses of both sets are the base model's.")
     if run["best_step"] is None:
         found.append(
             "No eval had finite losses in all sets: there is no best one and no adapter; where "

@@ -24,6 +24,7 @@ RUN = (
     "seconds",
     "examples",
 )
+CONFIG = ("data.loss_on", "data.labels", "optim.schedule", "train.eval_every")
 STEP = ("step", "loss", "lr", "grad_norm", "tokens", "step_seconds")  # of a train line
 
 
@@ -79,7 +80,7 @@ class Workdir:
 
 def read(workdir: pathlib.Path) -> Workdir:
     """Raises UserError naming the file that is missing, damaged or at odds with the others."""
-    config = read_config(workdir, ("data", "optim", "train"))
+    config = read_config(workdir, CONFIG)
     [run], _ = read_records(workdir / "run.json", (*MODEL, *RUN))
     lines: dict[str, dict[int, Any]] = {"train": {}, "eval": {}}
     records, cut = read_records(workdir / "metrics.jsonl", ("kind", "step"))

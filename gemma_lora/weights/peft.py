@@ -17,6 +17,7 @@ import re
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 import safetensors.numpy
 
@@ -125,6 +126,28 @@ def read(directory: pathlib.Path, arch: Arch) -> tuple[LoRAConfig, dict[str, Any
         return from_tensors(tensors, settings, arch)
     except UserError as e:
         raise UserError(f"{directory}: {e}") from e
+
+
+def base_of(directory: pathlib.Path) -> str | None:
+    """The base that an adapter says it was made on."""
+    return read_json(require(directory)[0]).get("base_model_name_or_path")
+
+
+def check_spelling(config: LoRAConfig, lora: dict[str, Any], arch: Arch) -> None:
+    """Raises UserError where adapters of these shapes could not be exported: PEFT's format, as it
+    is spelled here, has not their leaves or their variant. Asked before they are trained."""
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), lora)
+    try:
+        settings = _config_json(zeros, config, "", "", "")
+        found, _ = from_tensors(to_tensors(zeros, arch), settings, arch)
+        spelled = _means(found, zeros) == _means(config, zeros)
+    except (KeyError, UserError):
+        spelled = False
+    if not spelled:
+        raise UserError(
+            f"lora.variant {config.variant!r} cannot be exported: weights/peft.py does not say how "
+            "PEFT spells it"
+        )
 
 
 def to_tensors(lora: dict[str, Any], arch: Arch, inner: str = "") -> dict[str, np.ndarray]:
