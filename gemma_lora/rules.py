@@ -30,7 +30,8 @@ RULES: dict[str, str] = {
     "evidence.",
     "arithmetic": "An annotation such as <<12*3=38>> does not hold.",
     "final_answer": "The answer after #### is neither the last annotation's result, nor 100 times "
-    "it, nor a number of the line before it after the annotations there.",
+    "or a 100th of it, nor what it is rounded to, nor a number of the line before it after the "
+    "annotations there.",
     "length": f"The log length is {TAIL:g} or more robust standard deviations from the median.",
 }
 

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-# With its =: code shifts bits and writes to streams by the same marks.
-_ANNOTATION = re.compile(r"<<([^<>\n]{0,200}=[^<>\n]{0,200})>>")
+# With its =: code shifts bits and writes to streams by the same marks, and compares with ==.
+_ANNOTATION = re.compile(r"<<(?![^<>\n]*==)([^<>\n]{0,200}=[^<>\n]{0,200})>>")
 _FINAL = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.M)
 # A - that stands behind an operand is not the number's.
 _NUMBER = re.compile(r"(?:(?<![\w)%°'])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", re.A)
@@ -66,6 +66,8 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.FloorDiv: lambda a, b: Fraction(a // b),
     ast.Mod: operator.mod,
 }
+_SIGNS = str.maketrans({"\N{MULTIPLICATION SIGN}": "*", "\N{DIVISION SIGN}": "/",
+                        "\N{MINUS SIGN}": "-", "$": ""})  # fmt: skip
 _ARITHMETIC = re.compile(r"[0-9.+\-*/%() ]+")
 # A % that no operand follows is a percentage; any other is the remainder.
 _PERCENT = re.compile(r"([0-9.]+|\([^()]*\))\s*%(?!\s*[0-9.(])")
@@ -75,7 +77,8 @@ _DIGITS = 300  # of a number in a text, at most: about what _BITS hold
 
 def evaluate(text: str) -> Fraction | None:
     """The exact value of an expression; None: it is none, or too large. ZeroDivisionError."""
-    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text.replace("$", "")).strip()
+    text = text.translate(_SIGNS)
+    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text).strip()
     if not _ARITHMETIC.fullmatch(text):
         return None  # before the parser sees it: no names, strings, calls by name, underscores
     text = re.sub(r"(?<![0-9.])0+(?=[0-9])", "", text)  # Python takes no leading zeros
@@ -130,7 +133,7 @@ def final_answer(text: str) -> str:
     reached = _numbers(last)
     with contextlib.suppress(ZeroDivisionError):
         # A fraction is one number.
-        whole = evaluate(last.replace("\N{MINUS SIGN}", "-").replace("%", ""))
+        whole = evaluate(last.replace("%", ""))
         reached += [] if whole is None else [whole]
     if not reached:
         return ""

@@ -233,6 +233,9 @@ def test_unfinished_completions(completion, bad):
             "+10=10",
             "2*3.50=7.00",
             "1000000*3=3,000,000",
+            "3\N{MULTIPLICATION SIGN}4=12",
+            "8\N{DIVISION SIGN}2=4",
+            "5\N{MINUS SIGN}7=\N{MINUS SIGN}2",
         ),
     ],
 )
@@ -253,6 +256,7 @@ def test_annotations_that_hold(body):
         *[("0.1+0.2=.31", "is 0.3"), ("7%3=2", "is 1"), ("3+3=5=6", ""), ("-3+-4=7", "is -7")],
         *[("5/0=0", "divides by zero"), ("5%0=0", "divides by zero"), ("0**-1=0", "by zero")],
         *[("10000000000000001*1=10000000000000000", "is 10000000000000001"), ("5-5=1", "is 0")],
+        ("3\N{MULTIPLICATION SIGN}4=13", "3\N{MULTIPLICATION SIGN}4 is 12"),
         *[("5*1=0", "is 5"), ("1/2+1/4=1/4", "is 0.75"), ("1/4=1/3", "is 0.25")],
     ],
 )
@@ -313,6 +317,10 @@ def test_hostile_annotations_are_passed_over_at_once(body, tmp_path, monkeypatch
 def test_a_power_that_is_not_too_large_is_computed():
     assert arithmetic("<<9**9=387420489>>") == []
     assert arithmetic("<<9**9=1>>") == ["<<9**9=1>>: 9**9 is 387420489"]
+
+
+def test_shifts_of_bits_are_no_annotations():
+    assert arithmetic("assert 1<<3 == 16>>1 and 1 << 4 == 32 >> 1") == []
 
 
 def test_arithmetic_is_reported_for_its_row():
