@@ -9,6 +9,7 @@ e evals.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -340,6 +341,13 @@ def markdown(
     lines += [f"- `{k}`: {SCORES[k]}" for k in names]
     ranked = " and ".join(map(code, combined_of(names)))
     lines += ["", f"Ranked by the mean rank of {ranked}.", "", looked_at]
+    if neighbours:
+        chance = math.sqrt(2 * math.log(len(texts)) / 1024)
+        lines += [
+            "",
+            "Gradients are compared by their projections: of the usual 1,024 numbers, unrelated "
+            f"examples come to a cosine of about {chance:.2f} by chance.",
+        ]
     if lost := [code(i) for i in columns["id"][~np.isfinite(columns["loss"])]]:
         shown = ", ".join(lost[:20]) + (f" and {len(lost) - 20} more" if len(lost) > 20 else "")
         lines += ["", f"The last eval gave {len(lost)} no finite loss: {shown}."]

@@ -275,6 +275,8 @@ def test_a_new_family_is_one_entry_of_a_table(tmp_path, monkeypatch):
             "rope_local_base": 5_000.0,
             "window": 8,
             "local": (True, True, False),
+            "norm_plus_one": True,
+            "scale_embed": True,
             "qk_norm": True,
             "qkv_bias": True,
             "gelu": False,

@@ -14,7 +14,7 @@ from loading import load, logits, same
 from safetensors.numpy import save_file
 
 from gemma_lora.arch import ARCHS, Arch
-from gemma_lora.weights import orbax
+from gemma_lora.weights import orbax, peft
 from gemma_lora.weights.pretrained import open_weights
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -84,13 +84,16 @@ def test_the_number_of_words_follows_the_table(rows, tmp_path):
 
 def test_image_parts_are_left_out_and_named(tmp_path):
     tree = flax_layout.flat("gemma")
-    want = load(open_weights(write(tree, tmp_path / "text"), "auto"))
+    text = open_weights(write(tree, tmp_path / "text"), "auto")
+    want = load(text)
     more = np.zeros(3, np.float32)
     tree["SigLiPFromPatches_0/siglip_encoder/pos_embedding"] = {"w": more}
     tree["transformer/embedder/mm_soft_embedding_norm"] = {"scale": more}
     both = open_weights(write(tree, tmp_path / "both"), "auto")
     assert both.notice == "Text only: 2 tensors of its image parts are left out"
     same(load(both), want)
+    # The adapter is named for Hugging Face's model of the same weights, which has them, too.
+    assert both.inner == peft.INNER and not text.inner
 
 
 def test_each_tensor_is_restored_alone(tmp_path, monkeypatch):

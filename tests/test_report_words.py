@@ -1,7 +1,7 @@
 """What the report says of harm, of small sets and of copies; how it shows numbers and texts."""
 
 import pytest
-from report_run import N, make
+from report_run import N, gsm8k, make
 
 from gemma_lora import report
 from gemma_lora.errors import UserError
@@ -48,6 +48,13 @@ def test_a_handful_of_examples_is_no_evidence(tmp_path, n, concludes):
 def test_of_a_long_example_the_completion_is_shown(before, after, shown):
     x = Example("e", "n", "p" * before + "c" * after, before, False, None, None, 0)
     assert f"\n{shown}\n" in prose._block(x)
+
+
+def test_a_small_probe_of_a_small_training_set_is_said(tmp_path):
+    r = report.build(gsm8k(tmp_path, validation=60, train=8))
+    assert [x for x in r["notes"] if x.startswith("There are")] == [
+        "There are 8 train-probe examples: with fewer than about 20 the intervals are too narrow."
+    ]
 
 
 def test_copies_of_training_texts_are_in_the_notes(tmp_path):

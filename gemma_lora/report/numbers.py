@@ -234,11 +234,13 @@ def _notes(w: Workdir) -> list[str]:
             "No eval had finite losses in all sets: there is no best one and no adapter; where "
             "this report says best, it shows step 0."
         )
-    if 1 < (n := len(evals[0].rows["validation"]["id"])) < FEW:
-        found.append(
-            f"There are {n} validation examples: with fewer than about {FEW} the intervals are too "
-            "narrow."
-        )
+    held, probed = (len(evals[0].rows[split]["id"]) for split in SPLITS)
+    few = {"validation": held} | ({"train-probe": probed} if probed != held else {})
+    found += [
+        f"There are {n} {of} examples: with fewer than about {FEW} the intervals are too narrow."
+        for of, n in few.items()
+        if 1 < n < FEW
+    ]
     if copies := run["examples"].get("copies"):
         found.append(f"Copies: {told_of_copies(copies)}, and their losses are not independent.")
     for e in evals:

@@ -108,7 +108,7 @@ def open_weights(weights: str, arch: str, sha256: str = "", tokenizer: str = "")
         path if path.is_dir() else path.parent,
         opened.stated,
         revision,
-        peft.INNER if opened.vision and opened.form == "hf" else "",
+        peft.INNER if opened.vision else "",
     )
 
 
