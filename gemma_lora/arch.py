@@ -207,8 +207,8 @@ def _hf_window(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]
     return {"window": config.get("sliding_window") or fields["window"], "local": local[:shortest]}
 
 
-# What every size of a family shares; also the defaults that its config.json may leave unsaid.
 _GEMMA = {"norm_plus_one": True, "gelu": True, "scale_embed": True, "head_dim": 256}
+# What every size of a family shares; also the defaults that its config.json may leave unsaid.
 FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": _GEMMA | {"tied": True, "rope_base": 10_000.0},
     "gemma2": _GEMMA

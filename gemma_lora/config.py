@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from gemma_lora.arch import get_arch
+from gemma_lora.arch import ARCHS
 from gemma_lora.attention import NAMES
 from gemma_lora.data.examples import LOSS_ON
 from gemma_lora.errors import UserError, nearest, require_name
@@ -121,6 +121,13 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     ]
 
 
+def require_kind(what: str, got: Any, usual: Any) -> None:
+    """Raises UserError where a value is not of the type of `usual`; a whole number is a float."""
+    kinds = (int, float) if isinstance(usual, float) else type(usual)
+    if not isinstance(got, kinds) or isinstance(got, bool) != isinstance(usual, bool):
+        raise UserError(f"{what} is {got!r}, expected a {type(usual).__name__}")
+
+
 def check(config: ConfigDict) -> None:
     """Raises UserError for unknown or missing keys and for values no run can use."""
     valid = flat(to_dict(default()))
@@ -135,9 +142,7 @@ def check(config: ConfigDict) -> None:
             f"the config lacks {', '.join(missing)}: start from gemma_lora.config.default()"
         )
     for key, usual in valid.items():
-        kinds = (int, float) if isinstance(usual, float) else type(usual)
-        if not isinstance(got[key], kinds) or isinstance(got[key], bool) != isinstance(usual, bool):
-            raise UserError(f"{key} is {got[key]!r}, expected a {type(usual).__name__}")
+        require_kind(key, got[key], usual)
         if isinstance(usual, float) and not math.isfinite(got[key]):
             raise UserError(f"{key} is {got[key]}, expected a finite number")
         if isinstance(usual, int) and key != "seed" and got[key] > _MOST:
@@ -149,8 +154,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"dtype {config.dtype!r}{why}; expected bfloat16 or float32")
     for key, names in _NAMES.items():
         require_name(key, got[key], names)
-    if config.arch != "auto":
-        get_arch(config.arch)
+    require_name("arch", config.arch, ("auto", *ARCHS))
     if not config.weights:
         raise UserError("weights is '', expected a place to load from, such as 'demo'")
     for key, least in _LEAST.items():

@@ -31,7 +31,13 @@ from gemma_lora.errors import Parser, UserError, run_main
 LOST = 75  # exit status of a process whose companions are gone; EX_TEMPFAIL: try again
 # What XLA says of a program of this process alone.
 _OWN_FAULTS = ("INVALID_ARGUMENT", "UNIMPLEMENTED")
-FLAGS = ("--coordinator", "--processes", "--process", "--connect_timeout", "--heartbeat_timeout")
+FLAGS: dict[str, tuple[type, Any]] = {  # type and default
+    "--coordinator": (str, None),
+    "--processes": (int, None),
+    "--process": (int, None),
+    "--connect_timeout": (int, 300),
+    "--heartbeat_timeout": (int, 100),
+}
 _first = False  # is this process 0; known once all have joined
 
 
@@ -78,11 +84,8 @@ def run(main: Callable[[], None]) -> NoReturn:
 def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """(these flags, the other arguments); UserError for flags that do not go together."""
     parser = Parser(add_help=False)
-    parser.add_argument("--coordinator")
-    for name, usual in (
-        ("processes", None), ("process", None), ("connect_timeout", 300), ("heartbeat_timeout", 100)
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=usual)
+    for name, (kind, usual) in FLAGS.items():
+        parser.add_argument(name, type=kind, default=usual)
     options, rest = parser.parse_known_args(arguments)
     n, i = options.processes, options.process
     for name in ("connect_timeout", "heartbeat_timeout"):

@@ -289,10 +289,10 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
 
     adapter: a PEFT adapter directory; None: the base model.
     """
+    check(config)
     distributed.agree("the command", json.dumps([to_dict(config), str(adapter)], sort_keys=True))
     if (out / "config.json").exists():  # its ledger would be overwritten
         raise UserError(f"--out {out} is the workdir of a training run; give another directory")
-    check(config)
     sources.check_place(config.data.source, config.data.path)
     mesh = make_mesh(config.mesh)
     check_rows(config.data.batch_size, mesh, config.train.micro_batches)

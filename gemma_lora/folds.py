@@ -148,7 +148,7 @@ def _scores(rows: dict[str, np.ndarray], held: Dataset) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = Parser("gemma_lora.folds", __doc__, elsewhere=distributed.FLAGS)
+    parser = Parser("gemma_lora.folds", __doc__, elsewhere=tuple(distributed.FLAGS))
     parser.add_argument("--workdir", required=True, type=path_argument)
     parser.add_argument("--folds", type=int, default=2)
     options = parser.parse_args()

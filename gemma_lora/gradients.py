@@ -37,6 +37,7 @@ from gemma_lora.files import path_argument, require_writable
 from gemma_lora.loss import Sweep
 from gemma_lora.metrics import say
 from gemma_lora.model import Transformer
+from gemma_lora.outliers import DIMENSION
 from gemma_lora.reopen import STEPS, Run, load, reopen, restored
 from gemma_lora.sharding import batch_sharding, to_global
 from gemma_lora.step import Batch, cut, forward, joined
@@ -200,7 +201,9 @@ def main() -> None:
     parser = Parser("gemma_lora.gradients", __doc__)
     parser.add_argument("--workdir", required=True, type=path_argument)
     parser.add_argument("--step", choices=STEPS, default=STEPS[0])
-    parser.add_argument("--dimension", type=int, default=1024, help="of the projected gradients")
+    parser.add_argument(
+        "--dimension", type=int, default=DIMENSION, help="of the projected gradients"
+    )
     options = parser.parse_args()
     keep_compiled()
     columns = run(options.workdir, options.step, options.dimension)

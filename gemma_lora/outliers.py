@@ -27,6 +27,7 @@ from gemma_lora.explain import code, explain
 from gemma_lora.files import path_argument, require_writable, write_text
 from gemma_lora.workdir import ledger_files, read_config, require
 
+DIMENSION = 1024  # of projected gradients, where gemma_lora.gradients is given no other
 RUNNING = 101  # examples that a running median is over
 
 # Every score is larger where an example is more suspicious; base_loss and variability are weak
@@ -342,11 +343,11 @@ def markdown(
     ranked = " and ".join(map(code, combined_of(names)))
     lines += ["", f"Ranked by the mean rank of {ranked}.", "", looked_at]
     if neighbours:
-        chance = math.sqrt(2 * math.log(len(texts)) / 1024)
+        chance = math.sqrt(2 * math.log(len(texts)) / DIMENSION)
         lines += [
             "",
-            "Gradients are compared by their projections: of the usual 1,024 numbers, unrelated "
-            f"examples come to a cosine of about {chance:.2f} by chance.",
+            f"Gradients are compared by their projections: of the usual {DIMENSION:,} numbers, "
+            f"unrelated examples come to a cosine of about {chance:.2f} by chance.",
         ]
     if lost := [code(i) for i in columns["id"][~np.isfinite(columns["loss"])]]:
         shown = ", ".join(lost[:20]) + (f" and {len(lost) - 20} more" if len(lost) > 20 else "")

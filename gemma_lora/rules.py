@@ -222,7 +222,7 @@ def _compare(
     held = collections.Counter(piece for pieces in own.values() for piece in pieces)
     # Such as an instruction that some of the rows begin with.
     shared = {piece for piece, n in held.items() if n > _common(len(group))}
-    bare = {i: pieces - shared for i, pieces in own.items()}
+    bare = {i: pieces - shared for i, pieces in own.items()} if shared else own
     members = list(group)
     sides = {i: {_side(rows[c]) for c in copies} for i, copies in group.items()}
     others = {s: [j for j in members if sides[j] - {s}] for s in ("train", "validation")}
@@ -233,8 +233,8 @@ def _compare(
         near += [j for s in sides[i] for j in others[s][:32]]
         for j in dict.fromkeys(near):
             enough = min(len(bare[i]), len(bare[j])) >= _FEWEST
-            a, b = (bare[i], bare[j]) if enough else (own[i], own[j])
-            alike = len(a & b) / len(a | b)
+            compared = bare if enough else own
+            alike = len(compared[i] & compared[j]) / len(compared[i] | compared[j])
             if alike < NEAR or i == j:
                 continue
             for this, other in ((i, j), (j, i)):

@@ -16,7 +16,7 @@ from typing import IO, Any
 import jax
 
 from gemma_lora import distributed
-from gemma_lora.config import default, differences, flat, to_dict
+from gemma_lora.config import default, differences, flat, require_kind, to_dict
 from gemma_lora.errors import UserError, nearest
 from gemma_lora.files import remote, write_text
 
@@ -145,11 +145,7 @@ def read_config(workdir: pathlib.Path, keys: tuple[str, ...]) -> dict[str, Any]:
     if missing := [k for k in keys if k not in there]:
         raise UserError(f"{path} is not the config of a run: it lacks {', '.join(missing)}")
     for k in keys:
-        kinds = (int, float) if isinstance(usual[k], float) else type(usual[k])
-        if not isinstance(there[k], kinds):
-            raise UserError(
-                f"{path} is damaged: {k} is {there[k]!r}, expected a {type(usual[k]).__name__}"
-            )
+        require_kind(f"{path} is damaged: {k}", there[k], usual[k])
     return found
 
 

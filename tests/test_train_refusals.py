@@ -55,18 +55,26 @@ def test_a_file_that_is_not_there_is_said_before_the_weights_are_looked_for(
 def test_a_variant_without_a_spelling_is_refused_before_the_weights_are_loaded(
     inputs, tmp_path, monkeypatch
 ):
-    """As a fork's first try would be: of the leaves of another, and with one of its own."""
+    """As a fork's first tries would be: of the leaves of others, and with one of its own."""
+
+    class Plain(adapters.LoRA):
+        pass
 
     class Scaled(adapters.DoRA):
         pass
 
     monkeypatch.setattr(train, "load_base", None)
+    monkeypatch.setitem(adapters.VARIANTS, "plain", Plain)
     monkeypatch.setitem(adapters.VARIANTS, "scaled", Scaled)
-    with pytest.raises(UserError, match=r"lora.variant 'scaled' cannot be exported"):
-        tiny_run.run(tmp_path / "a", settings(inputs, {"lora.variant": "scaled"}))
-    monkeypatch.setattr(peft, "_PARTS", {k: v for k, v in peft._PARTS.items() if k != "m"})
-    with pytest.raises(UserError, match=r"lora.variant 'dora' cannot be exported"):
-        tiny_run.run(tmp_path / "b", settings(inputs, {"lora.variant": "dora"}))
+    parts = {k: v for k, v in peft._PARTS.items() if k != "m"}
+    for name, spelled, why in (
+        ("plain", peft._PARTS, "it would be read as 'lora'"),
+        ("scaled", peft._PARTS, "no place for: .*lora_magnitude_vector"),
+        ("dora", parts, "no name for the leaf 'm'"),
+    ):
+        monkeypatch.setattr(peft, "_PARTS", spelled)
+        with pytest.raises(UserError, match=rf"lora.variant '{name}' cannot be exported.*{why}"):
+            tiny_run.run(tmp_path / name, settings(inputs, {"lora.variant": name}))
 
 
 def test_python_callers_get_the_checks_of_the_command_line(inputs, tmp_path):

@@ -140,13 +140,16 @@ def check_spelling(config: LoRAConfig, lora: dict[str, Any], arch: Arch) -> None
     try:
         settings = _config_json(zeros, config, "", "", "")
         found, _ = from_tensors(to_tensors(zeros, arch), settings, arch)
-        spelled = _means(found, zeros) == _means(config, zeros)
-    except (KeyError, UserError):
-        spelled = False
-    if not spelled:
+        same = _means(found, zeros) == _means(config, zeros)
+        why = "" if same else f"it would be read as {found.variant!r}, or with other scales"
+    except KeyError as e:
+        why = f"it has no name for the leaf {e}"
+    except UserError as e:
+        why = str(e)
+    if why:
         raise UserError(
-            f"lora.variant {config.variant!r} cannot be exported: weights/peft.py does not say how "
-            "PEFT spells it"
+            f"lora.variant {config.variant!r} cannot be exported, as weights/peft.py spells "
+            f"adapters: {why}"
         )
 
 
