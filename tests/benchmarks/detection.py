@@ -1,7 +1,6 @@
 """How well a score finds planted rows: AUROC, average precision, precision at k, with intervals."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import numpy as np
@@ -23,46 +22,49 @@ class Measured:
     missing: int
 
 
-def measure(score: np.ndarray, planted: np.ndarray, kind: str, seed: int = 0) -> Measured:
-    """How well a score (larger: more suspicious) finds the rows planted with a kind.
-
-    planted [n]: each row's kind, '' where nothing was planted; rows of other kinds are left out.
-    Ties count as half won in the AUROC, as one threshold in the average precision, and in the
-    precision at k (k: rows of the kind) as drawn by lot. Draws of the same seed and `planted` are
-    of the same rows, whatever the score: their differences are paired.
-    """
-    inside = (planted == kind) | (planted == "")
-    score, right = np.asarray(score, float)[inside], planted[inside] == kind
-    if right.all() or not right.any():
-        raise UserError(f"{kind}: {right.sum()} of {len(right)} rows are planted; none to compare")
-    missing = np.isnan(score)
-    ranks = scipy.stats.rankdata(score, nan_policy="omit")
-    ranks[missing] = ((~missing).sum() + 1) / 2  # nothing is known about them: the median
-    drawn = [_resampled(int(s.sum()), seed, n) for n, s in enumerate((right, ~right))]
-    once = [np.ones((1, w.shape[1]), np.float32) for w in drawn]
-    values, draws = (_metrics(ranks[right], ranks[~right], *w) for w in (once, drawn))
-    # A planted row that is drawn twice ranks with itself, which raises the average precision.
-    average = METRICS.index("ap")
-    draws[:, average] += values[0, average] - draws[:, average].mean()
-    np.clip(draws, 0, 1, out=draws)  # the shift may leave what an average precision can be
-    return Measured(values[0], draws, int(missing.sum()))
-
-
-@functools.lru_cache(maxsize=4)  # every score of a kind takes the same
-def _resampled(n: int, seed: int, stratum: int) -> np.ndarray:
-    """[RESAMPLES, n]: how often each of n rows is drawn."""
-    drawn = np.random.default_rng([seed, stratum]).integers(n, size=(RESAMPLES, n))
+def resampled(n: int) -> np.ndarray:
+    """[RESAMPLES, n]: how often each resample of n rows takes each of them."""
+    drawn = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
     drawn += n * np.arange(RESAMPLES)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=RESAMPLES * n)
     return counts.reshape(RESAMPLES, n).astype(np.float32)  # exact, and quick to multiply
 
 
-def _metrics(
-    right: np.ndarray, wrong: np.ndarray, rights: np.ndarray, wrongs: np.ndarray
-) -> np.ndarray:
-    """[b,3], as METRICS, of the ranks of planted rows [p] and others [q], each as often as its
-    weight says: rights [b,p], wrongs [b,q]."""
-    k, n = right.size, wrong.size
+def measure(score: np.ndarray, planted: np.ndarray, kind: str, drawn: np.ndarray) -> Measured:
+    """How well a score (larger: more suspicious) finds the rows planted with a kind.
+
+    planted [n]: each row's kind, '' where nothing was planted; rows of other kinds are left out.
+    Ties count as half won in the AUROC, as one threshold in the average precision, and in the
+    precision at k (k: rows of the kind) as drawn by lot. drawn [RESAMPLES, n]: how often each
+    resample takes each row, the same for whatever is to be compared or pooled: scores, which are
+    then paired, and seeds, which share their rows. Draws that take no row of the kind are NaN.
+    """
+    inside = (planted == kind) | (planted == "")
+    score, right, drawn = (
+        np.asarray(score, float)[inside],
+        planted[inside] == kind,
+        drawn[:, inside],
+    )
+    if right.all() or not right.any():
+        raise UserError(f"{kind}: {right.sum()} of {len(right)} rows are planted; none to compare")
+    missing = np.isnan(score)
+    ranks = scipy.stats.rankdata(score, nan_policy="omit")
+    ranks[missing] = ((~missing).sum() + 1) / 2  # nothing is known about them: the median
+    once = np.ones((1, len(ranks)), np.float32)
+    values, draws = (_metrics(ranks, right, times) for times in (once, drawn))
+    # A planted row that is drawn twice ranks with itself, which raises the average precision.
+    average = METRICS.index("ap")
+    draws[:, average] += values[0, average] - np.nanmean(draws[:, average])
+    np.clip(draws, 0, 1, out=draws)  # the shift may leave what an average precision can be
+    return Measured(values[0], draws, int(missing.sum()))
+
+
+def _metrics(ranks: np.ndarray, planted: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """[b,3], as METRICS, of ranks [n] with each row as often as times [b,n] says."""
+    right, wrong = ranks[planted], ranks[~planted]
+    rights, wrongs = times[:, planted], times[:, ~planted]
+    k, n = (w.sum(1, dtype=np.float64, keepdims=True) for w in (rights, wrongs))
+    k, n = (np.where(size > 0, size, np.nan) for size in (k, n))
 
     def counts(ranks: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[b,p] twice: how many rows rank above, and how many above or with, a planted one."""
@@ -76,7 +78,7 @@ def _metrics(
     auroc = (n - (false + false_above) / 2) / n
     average = true / np.maximum(true + false, 1)
     precision = np.clip(k - above, 0, tied) / np.maximum(tied, 1)
-    found = [(rights * x).sum(1) / k for x in (auroc, average, precision)]
+    found = [(rights * x).sum(1) / k[:, 0] for x in (auroc, average, precision)]
     return np.stack(found, 1)
 
 

@@ -22,7 +22,7 @@ import time
 from typing import Any
 
 import numpy as np
-from detection import Measured, measure, summary
+from detection import Measured, measure, resampled, summary
 from noise import Row, plant_all
 from rich.console import Console
 from rich.table import Table
@@ -143,6 +143,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     rows, validation = _chosen(options)
     write_text(options.directory / "validation.jsonl", _jsonl(validation))
     found: dict[int, dict[str, dict[str, Measured]]] = {}
+    place, drawn = {row["id"]: i for i, row in enumerate(rows)}, resampled(len(rows))
     for seed in options.seeds:
         home = options.directory / f"seed-{seed}"
         noisy, planted = plant_all(rows, options.kinds, seed)
@@ -155,8 +156,9 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
             _command(home, "unprompted", "--workdir", str(workdir), "--step", "last")
         ids, scores = competitors(workdir, seed)
         kinds = np.array([planted.get(i, "") for i in ids], object)
+        times = drawn[:, [place[i] for i in ids]]
         found[seed] = {
-            kind: {name: measure(score, kinds, kind, seed) for name, score in scores.items()}
+            kind: {name: measure(score, kinds, kind, times) for name, score in scores.items()}
             for kind in options.kinds
         }
         results["seconds"][seed] = json.loads((home / "seconds.json").read_text())
@@ -242,7 +244,7 @@ def notes(results: dict[str, Any]) -> list[str]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    about = "Means over seeds, which share their rows; 95 % bootstrap intervals over rows."
+    about = "Means over seeds; 95 % intervals over resamples of the rows, which seeds share."
     lines = ["# How well outlier scores find planted noise", "", about]
     for title, cells in tables(results):
         lines += ["", f"## {title}", ""]
