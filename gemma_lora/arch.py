@@ -1,8 +1,9 @@
 """Every fact about every model, as data.
 
-Outside weights/, vocabulary.py and chat.py nothing else knows a model by name: code reads the
-fields of `Arch`. Sources of the numbers: the `config.json` of each published checkpoint and the
-reports of Gemma (arXiv:2403.08295, 2408.00118, 2503.19786) and Qwen2 (arXiv:2407.10671).
+No model's name stands in the maths, which reads the fields of `Arch`; weights/, vocabulary.py and
+chat.py know names of published files. Sources of the numbers: the `config.json` of each published
+checkpoint and the reports of Gemma (arXiv:2403.08295, 2408.00118, 2503.19786) and Qwen2
+(arXiv:2407.10671).
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Attention: what a position sees, the reference, and the implementations a platform may take.
 
-Letters as in layers.py. All take q [B,T,N,H] (already scaled) and k [B,T,K,H] in float32, v
-[B,T,K,H] and segments [B,T], and give softmax(softcap(q k^T)) v over grouped heads, [B,T,N,H] in
-float32.
+Letters as in layers.py. All take q [B,T,N,H] (already scaled) and k [B,T,K,H] in float32 and v
+[B,T,K,H], with segments [B,T] or the mask [B,T,S] that is made of them, and give
+softmax(softcap(q k^T)) v over grouped heads, [B,T,N,H] in float32; cudnn knows no soft-cap.
 """
 
 import collections

@@ -1,9 +1,9 @@
 """Checkpoints of everything that training changes: atomic, asynchronous, latest and best kept.
 
-The order of resuming: (1) the workdir's config must equal this run's; (2) the newest complete
-checkpoint is restored, with the run's own bookkeeping; (3) it must be of this version, its
-fingerprints of data and weights this run's; (4) metrics written after it are dropped, since they
-will be written again.
+The order of resuming: (1) the workdir's config must equal this run's but for the mesh; (2) the
+newest complete checkpoint is restored, with the run's own bookkeeping; (3) it must be of this
+version, its fingerprints of data and weights this run's; (4) metrics written after it are dropped,
+since they will be written again.
 """
 
 import contextlib

@@ -4,8 +4,8 @@
 
 prints one JSON line, which names the data, the weights and the base that the adapter says it was
 made on (one base may have two names: they are not compared), and writes DIR/ledger/*.parquet. It
-takes data.path or data.source, never data.validation_path. Without --adapter it evaluates the base
-model.
+takes data.path or data.source, whole but for data.limit: data.validation_path, data.exclude and
+train.eval_examples are of a run. Without --adapter it evaluates the base model.
 On several hosts each process gets the command, with the flags of gemma_lora/distributed.py.
 """
 

@@ -4,7 +4,8 @@
 
 peft: PEFT's adapter. merged: a Hugging Face directory (config.json, safetensors, tokenizer) that
 transformers loads as it is. Merging takes one tensor at a time: read from the base, in any format,
-merged in float32, cast once, written. The host holds no more than that.
+merged in float32, cast once, written. The host holds no more than that, but for a Keras preset,
+which its library reads whole.
 
 What was written is loaded again and its logits are compared with those of base and adapter. The
 check runs in float32 and holds at most two copies of the model on the devices. --out appears when

@@ -4,8 +4,8 @@ Axis letters: B batch, T query position, S key position, D embed, F hidden, N he
 G heads per kv head, H head dim, V vocab, L layer, R rank. Einsum letters are the axis names.
 
 Dtype policy, in one place: matrix products take operands in `dtype` (bfloat16 or float32) and
-accumulate and return float32; everything element-wise (norms, RoPE, softmax, GELU, residual sums)
-is float32; what is kept between layers is `dtype`.
+accumulate and return float32; everything element-wise (norms, RoPE, softmax, GELU) is float32; what
+is kept between layers is `dtype`.
 """
 
 import functools

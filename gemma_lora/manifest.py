@@ -63,7 +63,7 @@ def joined(
     """
     earlier = before.get("earlier", [])
     if not made_steps:
-        kept = (*OF_A_START, "phases", "peak_memory")
+        kept = (*OF_A_START, "phases", "peak_memory", "earlier_seconds")
         return now | {k: before[k] for k in kept if k in before} | {"earlier": earlier}
     if before and any(before.get(k) != now[k] for k in OF_A_START):
         earlier = [*earlier, {"steps": start} | {k: before.get(k) for k in OF_A_START}]

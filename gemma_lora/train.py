@@ -246,7 +246,8 @@ def _train(config: Any, workdir: pathlib.Path, phases: Phases) -> dict[str, Any]
             before = manifest.before(workdir / "run.json")
         forget_after(workdir, start)
     metrics = Metrics(workdir, start, total, notes["eval_due"])
-    timer = Timer(max(notes["seconds"], metrics.spent) + phases.since_start())
+    run["earlier_seconds"] = max(notes["seconds"], metrics.spent)  # of other starts than this
+    timer = Timer(run["earlier_seconds"] + phases.since_start())
     seen: list[dict[str, Any]] = []  # rows of the steps since the last save
 
     def at(step: int) -> str:

@@ -244,7 +244,7 @@ def test_interrupted_before_the_second_eval(tmp_path):
 def test_run_that_never_beat_the_base_model(tmp_path):
     r = report.build(make(tmp_path, losses=(1.0, 1.2), probe=(1.0, 0.9)))
     assert r["evals"]["best"] == 0 and r["validation"]["loss"]["decrease_pct"] == 0
-    assert r["validation"]["loss"]["conclusion"].startswith("no eval of train.eval_every had")
+    assert r["validation"]["loss"]["conclusion"].startswith("no later eval had")
 
 
 def test_not_finite_numbers_become_null(tmp_path):

@@ -185,9 +185,9 @@ def test_cost_by_phase(tmp_path):
     phases = report.build(tmp_path)["cost"]["phases"]
     assert phases["ledger"]["tokens"] == 2 * length["train"]
     assert phases["evaluate"]["tokens"] == 3 * length["validation"] + probe > probe
-    # Steps that no phase holds were made before the run was continued.
+    # No phase holds what other starts of the run spent.
     run = json.loads((tmp_path / "run.json").read_text())
-    run["phases"]["steps"] = 100.0
+    run["earlier_seconds"] = 100.0
     (tmp_path / "run.json").write_text(json.dumps(run))
     r = report.build(tmp_path)
     assert r["cost"]["continued"] and r["cost"]["phases"]["steps"]["tokens"] is None

@@ -32,6 +32,9 @@ def test_rerun_of_a_finished_run_changes_nothing(straight, inputs, tmp_path):
 def test_killed_and_rerun_equals_straight(kind, step, straight, inputs, tmp_path):
     tiny_run.run_killed(tmp_path / "run", settings(inputs), kind, step)
     assert left(tmp_path / "run") == left(straight[0])
+    cost = json.loads((tmp_path / "run" / "report.json").read_text())["cost"]
+    assert cost["continued"]  # also where the first start left no checkpoint
+    assert not json.loads((straight[0] / "report.json").read_text())["cost"]["continued"]
 
 
 @pytest.mark.parametrize(

@@ -123,12 +123,6 @@ def test_a_tied_head_written_out_is_accepted(tmp_path):
         assert "lm_head.weight is not model.embed_tokens.weight" in text
 
 
-def test_a_file_loads_as_its_directory(tmp_path):
-    directory = write_tiny("qwen2", tmp_path)
-    file = open_weights(str(directory / "model.safetensors"), "auto")
-    same(load(file), load_dir(directory))
-
-
 @pytest.mark.parametrize("form", mapping.FORMS)
 def test_every_format_has_a_place_for_every_leaf(form):
     """For every listed model of its families: letters, and as many elements as ours."""

@@ -142,7 +142,7 @@ def left(workdir: Path) -> dict[str, Any]:
     clocks = ("seconds", "step_seconds")
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     report = json.loads((workdir / "report.json").read_text())
-    other = ("seconds", "phases", "peak_memory")
+    other = ("seconds", "earlier_seconds", "phases", "peak_memory")
     report["run"] = {k: v for k, v in report["run"].items() if k not in other}
     del report["cost"]
     files = [*workdir.glob("ledger/e*"), *workdir.glob("adapter/*")]

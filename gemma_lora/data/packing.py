@@ -8,9 +8,10 @@ def pack(
 ) -> list[list[int]]:
     """Examples 0..n-1 -> rows of at most `size` tokens and at most `slots` loss positions.
 
-    Best-fit decreasing (a row at most 11/9 of the optimum's count plus one): longest first, into
-    the fullest row that takes it. `order` breaks ties between examples of equal length and load,
-    so rows differ from epoch to epoch while their number does not. Every example fits alone.
+    Best-fit decreasing (where `slots` never binds at most 11/9 of the least count of rows plus
+    one): longest first, into the fullest row that takes it. `order` breaks ties between examples of
+    equal length and load, so rows differ from epoch to epoch while their number does not. Every
+    example fits alone.
     """
     by_length = sorted(order, key=lambda i: (-lengths[i], -loads[i]))
     rows: list[list[int]] = []

@@ -2,8 +2,8 @@
 
 Losses are token-weighted means over a fixed set, in nats per token, dropout off. start is the eval
 of step 0 (the base model; after PiSSA, whose base is rounded anew, but for that rounding), best the
-eval with the lowest validation loss of those that train.eval_every asks for. Letters: n examples,
-e evals.
+eval with the lowest validation loss of those that train.eval_every asks for and of the end.
+Letters: n examples, e evals.
 """
 
 import json
@@ -166,7 +166,7 @@ def _nothing_to_compare(w: Workdir) -> str | None:
         start, *later = (e.mean("validation", "nll") for e in w.evals)
         if any(x < start for x in later):
             return "a later eval had a lower validation loss, but its adapter was not kept"
-        return "no eval of train.eval_every had a lower validation loss than the base model"
+        return "no later eval had a lower validation loss than the base model"
     return None
 
 
@@ -263,8 +263,8 @@ def _cost(w: Workdir, price: float | None) -> dict[str, Any]:
         + (len(evals) - whole) * length["train_probe"],
         LEDGER: whole * length["train"],
     }
-    # What ran before a run was continued is in the steps' records and in `seconds`, not in phases.
-    continued = bool(phases) and each.sum() > 1.000001 * phases.get(STEPS, 0.0)
+    # What other starts ran is in the steps' records and in `seconds`, not in phases.
+    continued = bool(phases) and run.get("earlier_seconds", 0.0) > 0
     memory = run.get("peak_memory") or {}
     return {
         "seconds": run["seconds"],
@@ -273,7 +273,7 @@ def _cost(w: Workdir, price: float | None) -> dict[str, Any]:
                    "tokens": tokens.get(name) if not continued else None}
             for name, s in phases.items()
         },
-        "continued": bool(continued),
+        "continued": continued,
         "tokens": tokens[STEPS],
         "tokens_per_second": counted.sum() / each.sum() if each.sum() else None,
         "step_seconds": np.quantile(each, [0.25, 0.5, 0.75]).tolist() if len(each) else None,
