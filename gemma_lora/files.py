@@ -21,6 +21,9 @@ from etils import epath
 
 from gemma_lora.errors import UserError, extra
 
+# TensorFlow, which the extra keras brings, would else answer for gs://, and may lack the support.
+os.environ.setdefault("EPATH_USE_TF", "false")
+
 _URL = re.compile(r"[a-z0-9]+://|(gs|s3|https?|file):/")  # or one that lacks a slash
 
 
@@ -45,6 +48,22 @@ def path_of(text: str) -> pathlib.Path | epath.Path:
             "host may use: see its network, and `gcloud auth application-default login`"
         ) from e
     return path
+
+
+def check_bucket(directory: epath.Path) -> None:
+    """Raises UserError where Orbax may not keep checkpoints in a directory of a bucket: before it
+    lists or deletes some it asks what kind of bucket it is, which roles of objects do not allow."""
+    bucket = directory.parts[2]
+    try:
+        storage = importlib.import_module("google.cloud.storage")
+        storage.Client().get_bucket(bucket)
+    except Exception as e:  # of google.cloud, google.auth, requests
+        why = (str(e).splitlines() or [""])[0]
+        raise UserError(
+            f"{directory}: checkpoints need storage.buckets.get of {bucket}, which was refused: "
+            f"{type(e).__name__}: {why}; expected a role that has it, such as "
+            "roles/storage.legacyBucketReader beside one for objects"
+        ) from e
 
 
 def local_path(text: str) -> pathlib.Path:

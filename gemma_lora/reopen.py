@@ -28,7 +28,7 @@ from gemma_lora.weights.pretrained import (
     load_base,
     open_weights,
 )
-from gemma_lora.workdir import read_config, read_records
+from gemma_lora.workdir import has_checkpoint, read_config, read_records
 
 FINGERPRINTS = ("data_fingerprint", "weights_fingerprint")  # of run.json
 STEPS = ("best", "last", "0")  # whose adapters: of a checkpoint, or those the run started from
@@ -53,9 +53,8 @@ def reopen(workdir: pathlib.Path, which: str = "0") -> Run:
     which: the one of STEPS to be `restored` later, which a workdir without a checkpoint lacks.
     """
     config = _read_config(workdir)
-    checkpoints = workdir / "checkpoints"
-    if which != "0" and not any(p.name.isdigit() for p in checkpoints.glob("*")):
-        raise UserError(f"{checkpoints} holds no checkpoint: expected --step 0")
+    if which != "0" and not has_checkpoint(workdir):
+        raise UserError(f"{workdir / 'checkpoints'} holds no checkpoint: expected --step 0")
     [begun], _ = read_records(workdir / "run.json", (*FINGERPRINTS, "best_step"))
     check_files(config)
     pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)

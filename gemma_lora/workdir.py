@@ -18,7 +18,7 @@ import jax
 from gemma_lora import distributed
 from gemma_lora.config import default, differences, flat, require_kind, to_dict
 from gemma_lora.errors import UserError, nearest
-from gemma_lora.files import remote, write_text
+from gemma_lora.files import check_bucket, remote, write_text
 
 _locked: IO[str] | None = None
 
@@ -55,7 +55,15 @@ def _check_shared(workdir: pathlib.Path) -> None:
         mark.unlink()
 
 
+def has_checkpoint(workdir: pathlib.Path) -> bool:
+    """Is there a whole one: in a bucket it is whole when the file stands there that ends it."""
+    found = (p for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+    return any(not remote(p) or (p / "commit_success.txt").exists() for p in found)
+
+
 def _claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> bool:
+    if remote(workdir):
+        check_bucket(workdir)
     try:
         if workdir.exists() and not workdir.is_dir():
             raise UserError(f"workdir {workdir} is a file, expected a directory or a new name")
@@ -66,8 +74,7 @@ def _claim(workdir: pathlib.Path, config: dict[str, Any], need_bytes: int) -> bo
         begun = any(p != file and not p.name.startswith(".") for p in there)
         if begun and not file.exists():
             raise UserError(f"workdir {workdir} is not empty and holds no run; give another one")
-        saved = (workdir / "run.json").exists()
-        saved |= any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+        saved = (workdir / "run.json").exists() or has_checkpoint(workdir)
         theirs = _read(file) | {"mesh": config["mesh"]} if file.exists() else {}
         _lock(workdir)
         if saved and (differ := differences(config, theirs)):

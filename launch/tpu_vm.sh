@@ -100,7 +100,8 @@ install() {
   python="command -v python3.13 python3.12 python3.11 >/dev/null || { $(packages python3.11-venv); }"
   on all "{ $python; } && $(unpacked gemma_lora "$extras")"
   if [ -n "$nfs" ]; then
-    on all "$(packages nfs-common) && mkdir -p share && { mountpoint -q share || sudo mount -t nfs $(quoted "$nfs") share; }"
+    # A name that one host asks for too early would else count as missing for half a minute.
+    on all "$(packages nfs-common) && mkdir -p share && { mountpoint -q share || sudo mount -t nfs -o lookupcache=positive $(quoted "$nfs") share; }"
   fi
 }
 

@@ -7,18 +7,22 @@ cannot be appended to. Orbax's own writing to a bucket and TensorBoard's are not
 import argparse
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec.implementations.memory
 import pytest
 import tiny_run
+from common import message
 from etils import epath
 from tensorboardX import event_file_writer, record_writer
 
 from gemma_lora import checkpoint, evaluate, export, metrics, outliers, report, unprompted
+from gemma_lora import config as configs
 from gemma_lora.errors import UserError
 from gemma_lora.files import path_argument, path_of, replace_directory, replace_file
-from gemma_lora.workdir import read_records
+from gemma_lora.workdir import claim, has_checkpoint, read_records
 
 
 class Bucket(fsspec.implementations.memory.MemoryFileSystem):
@@ -42,8 +46,8 @@ def with_gcsfs(monkeypatch) -> None:
 @pytest.fixture
 def bucket(monkeypatch) -> epath.Path:
     with_gcsfs(monkeypatch)
-    # Where TensorFlow is installed, its own file systems would answer.
-    monkeypatch.setattr(epath.gpath, "_is_tf_installed", lambda: False)
+    storage = SimpleNamespace(Client=lambda: SimpleNamespace(get_bucket=lambda name: None))
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", storage)
     files = Bucket(skip_instance_cache=True)
     backend = type(epath.backend.fsspec_backend)
     monkeypatch.setattr(backend, "_get_filesystem", lambda self, name: files)
@@ -93,6 +97,28 @@ def test_paths_in_a_bucket(bucket, monkeypatch):
     message = "^gs://bucket/a cannot be reached: ConnectionRefusedError: no credentials; .* login`$"
     with pytest.raises(UserError, match=message):
         path_of("gs://bucket/a")
+
+
+def test_a_bucket_that_orbax_may_not_ask_about(bucket, monkeypatch):
+    def forbidden(name):
+        raise PermissionError(f"403 storage.buckets.get of {name}\nand more")
+
+    client = SimpleNamespace(get_bucket=forbidden)
+    monkeypatch.setattr(sys.modules["google.cloud.storage"], "Client", lambda: client)
+    text = message(claim, bucket / "run", configs.to_dict(configs.default()), 0)
+    assert "gs://bucket/run: checkpoints need storage.buckets.get of bucket" in text
+    assert "PermissionError: 403 storage.buckets.get of bucket; expected a role" in text
+    assert not (bucket / "run").exists()
+
+
+def test_a_checkpoint_that_is_not_whole_is_none(bucket, tmp_path):
+    step = bucket / "run" / "checkpoints" / "4"
+    (step / "state").write_text("")
+    assert not has_checkpoint(bucket / "run")
+    (step / "commit_success.txt").write_text("")
+    assert has_checkpoint(bucket / "run")
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    assert has_checkpoint(tmp_path)
 
 
 def test_objects_appear_whole_or_not_at_all(bucket):

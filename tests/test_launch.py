@@ -105,7 +105,7 @@ def test_install_puts_the_tree_on_every_host(launch):
     assert calls[1][5:] == [archive, "s:gemma_lora.tar.gz", "--zone=z", "--worker=all"]
     assert all("--worker=all" in c for c in calls[1:])
     assert calls[2][-1].endswith("cd gemma_lora && bash launch/setup.sh .venv tpu,gs")
-    assert "mount -t nfs '10.0.0.2:/a b' share" in calls[3][-1]
+    assert "mount -t nfs -o lookupcache=positive '10.0.0.2:/a b' share" in calls[3][-1]
     assert "not copied" not in done.stderr
 
 
