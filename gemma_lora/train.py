@@ -281,9 +281,10 @@ def _train(config: Any, workdir: pathlib.Path, phases: Phases) -> dict[str, Any]
 
     def save_all(step: int) -> None:
         """What a later start continues from, and what the steps since the last one saw."""
-        save_seen(step)
-        metrics.save()
-        checkpoints.save(step, state, notes)
+        with mark("save"):
+            save_seen(step)
+            metrics.save()
+            checkpoints.save(step, state, notes)
 
     def patience_over(bad_evals: int) -> bool:
         return 0 < config.train.patience <= bad_evals

@@ -80,6 +80,7 @@ def test_what_a_run_leaves(straight):
     seconds = report["run"]["phases"]
     waits = [seconds[f"steps: {part} a batch"] for part in ("wait for", "copy")]
     assert 0 < sum(waits) < seconds["steps"] < report["run"]["seconds"]
+    assert 0 < seconds["save"] < report["run"]["seconds"] - seconds["steps"]
     stored = sum(x.size for x in jax.tree.leaves(adapter(workdir)))
     assert report["model"]["trainable_parameters"] == stored
     for split in ("train_probe", "validation"):
