@@ -40,11 +40,8 @@ def measure(score: np.ndarray, planted: np.ndarray, kind: str, drawn: np.ndarray
     then paired, and seeds, which share their rows. Draws that take no row of the kind are NaN.
     """
     inside = (planted == kind) | (planted == "")
-    score, right, drawn = (
-        np.asarray(score, float)[inside],
-        planted[inside] == kind,
-        drawn[:, inside],
-    )
+    score, drawn = np.asarray(score, float)[inside], drawn[:, inside]
+    right = planted[inside] == kind
     if right.all() or not right.any():
         raise UserError(f"{kind}: {right.sum()} of {len(right)} rows are planted; none to compare")
     missing = np.isnan(score)
