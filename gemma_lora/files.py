@@ -42,12 +42,15 @@ def path_of(text: str) -> pathlib.Path | epath.Path:
     try:
         path.exists()
     except Exception as e:  # of gcsfs, aiohttp or google.auth: no way there, no credentials
-        why = (str(e).splitlines() or [""])[0]
         raise UserError(
-            f"{text} cannot be reached: {type(e).__name__}: {why}; expected a bucket that this "
+            f"{text} cannot be reached: {_first_line(e)}; expected a bucket that this "
             "host may use: see its network, and `gcloud auth application-default login`"
         ) from e
     return path
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
 
 
 def check_bucket(directory: epath.Path) -> None:
@@ -58,10 +61,9 @@ def check_bucket(directory: epath.Path) -> None:
         storage = importlib.import_module("google.cloud.storage")
         storage.Client().get_bucket(bucket)
     except Exception as e:  # of google.cloud, google.auth, requests
-        why = (str(e).splitlines() or [""])[0]
         raise UserError(
             f"{directory}: checkpoints need storage.buckets.get of {bucket}, which was refused: "
-            f"{type(e).__name__}: {why}; expected a role that has it, such as "
+            f"{_first_line(e)}; expected a role that has it, such as "
             "roles/storage.legacyBucketReader beside one for objects"
         ) from e
 
