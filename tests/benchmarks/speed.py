@@ -50,6 +50,7 @@ PEFT = {
     "float32 compiled": {"dtype": "float32", "compile": True},
     "float32 compiled select": {"dtype": "float32", "compile": True, "select": True},
     "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16 compiled": {"dtype": "bfloat16", "compile": True},
     "bfloat16 autocast compiled": {"dtype": "bfloat16", "autocast": True, "compile": True},
 }
 OURS = {
