@@ -98,7 +98,7 @@ class DoRA(LoRA):
         # Only from_base knows the real value; until then nothing computed with it is finite.
         m = self.leaf("m", nn.initializers.constant(jnp.nan), self.sides()[1])
         norm = _norm(dequantized(self.base.leaves), a, b, self.scale)
-        gain = m / jax.lax.stop_gradient(norm)
+        gain = _gain(m, jax.lax.stop_gradient(norm))
         y = of_dropped = self.base.product(x)
         dropped = self.dropped(x)
         if dropped is not x:
@@ -109,7 +109,7 @@ class DoRA(LoRA):
     @staticmethod
     def merge(w: jax.Array, leaves: Leaves, scale: float) -> jax.Array:
         norm = _norm(w, leaves["a"], leaves["b"], scale)
-        return LoRA.merge(w, leaves, scale) * (leaves["m"] / norm)
+        return LoRA.merge(w, leaves, scale) * _gain(leaves["m"], norm)
 
     @staticmethod
     def start(w: jax.Array, leaves: Leaves, scale: float) -> Leaves:
@@ -121,6 +121,11 @@ VARIANTS: dict[str, type[LoRA]] = {"lora": LoRA, "dora": DoRA}
 
 def _product(a: jax.Array, b: jax.Array, axes: int = 1) -> jax.Array:
     return jnp.tensordot(a, b, axes, precision=jax.lax.Precision.HIGHEST)
+
+
+def _gain(m: jax.Array, norm: jax.Array) -> jax.Array:
+    """m / norm; a channel of zeros, as pruning leaves them, stays one."""
+    return m / jnp.where(norm == 0, 1, norm)
 
 
 def _norm(w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:

@@ -99,6 +99,28 @@ class Checkpoints:
             ) from e
         return restored.state, restored.notes
 
+    def resume(self, step: int, like: Any, notes: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """restore() for the run that `notes` begin.
+
+        Raises UserError, too, where the checkpoint's notes have other names, or other fingerprints
+        of data and weights.
+        """
+        state, old = self.restore(step, like)
+        run = self._directory.parent
+        if old.keys() != notes.keys():
+            differ = ", ".join(sorted(old.keys() ^ notes.keys()))
+            raise UserError(
+                f"the checkpoints in {run} are of another version of gemma_lora: one of both "
+                f"lacks {differ}; give another --workdir"
+            )
+        for what in ("data", "weights"):
+            if old[what] != notes[what]:
+                raise UserError(
+                    f"the {what} are no longer those of the run in {run}: got {notes[what]}, "
+                    f"expected {old[what]}; give another --workdir, or the {what} it began with"
+                )
+        return state, old
+
     def close(self) -> None:
         """Waits for a save under way; raises UserError where it finds no room."""
         with self._room():

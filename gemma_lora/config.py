@@ -35,7 +35,7 @@ def default() -> ConfigDict:
     c.remat = "matmuls"  # none, matmuls, offload, full: what the backward recomputes (model.REMAT)
     c.attention = "auto"  # by platform; or reference, block (any), splash (TPU), cudnn (GPU)
     c.unroll = False  # unroll the loop over layers: slower to compile, sometimes faster to run
-    c.seed = 0  # of adapters, dropout, order, and what validates where no validation_path is
+    c.seed = 0  # of adapters, dropout, order, and what validates, but for a whole validation_path
 
     c.head = ConfigDict()
     c.head.chunk = 2048  # vocabulary entries the loss looks at at a time

@@ -111,6 +111,7 @@ def export(
         raise UserError("--dtype and --max-shard-gb are for --format merged")
     if shard_gb is not None and not shard_gb > 0:
         raise UserError(f"--max-shard-gb is {shard_gb}, expected a positive number")
+    _require_new(out)
     run = read_config(workdir, CONFIG)
     require_name(f"{workdir / 'config.json'}: dtype", run["dtype"], DTYPES)
     if not (workdir / "adapter").is_dir():
@@ -147,15 +148,18 @@ def _check_base(workdir: pathlib.Path, run: dict[str, Any], pretrained: Pretrain
     check_weights(run["weights"], base, made["weights_fingerprint"])
 
 
-@contextlib.contextmanager
-def _appears(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a new path beside `out`; what the block has put there becomes `out` if it succeeds."""
+def _require_new(out: pathlib.Path) -> None:
     if remote(out):
         raise UserError(
             f"--out {out}: expected a local directory; copy it to the bucket afterwards"
         )
     if out.exists() or out.is_symlink():
         raise UserError(f"--out {out} exists; give a new name")
+
+
+@contextlib.contextmanager
+def _appears(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a new path beside `out`; what the block has put there becomes `out` if it succeeds."""
     refused = f"--out {out} cannot be written"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

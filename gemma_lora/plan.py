@@ -22,6 +22,7 @@ from gemma_lora.arch import Arch, get_arch
 from gemma_lora.attention import chosen, splits_heads
 from gemma_lora.config import parse_flags
 from gemma_lora.data import sources
+from gemma_lora.data.examples import held_out
 from gemma_lora.data.pipeline import in_steps, total_steps
 from gemma_lora.errors import UserError, nearest, run_main
 from gemma_lora.sharding import bytes_a_device, check_rows, leaves, make_mesh, unsplit
@@ -80,16 +81,17 @@ def plan(job: Job, examples: int | None, prices: dict[str, Any] | None) -> dict[
     try:
         mesh = _mesh(job)
         check_rows(data.batch_size, mesh, job.config.train.micro_batches)
+        dtype = jax.numpy.dtype(job.config.dtype)
+        attention = chosen(job.config.attention, job.arch, dtype, (data.seq_len,), mesh)
     except UserError as e:
         return row | {"error": str(e)}
-    dtype = jax.numpy.dtype(job.config.dtype)
     trees = ahead.shapes(job.arch, job.config, mesh, data.batch_size, data.seq_len)
     model = ahead.abstract(job.arch, job.config, mesh)
     row |= {
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "batch": [data.batch_size, data.seq_len],
-        "attention": chosen(job.config.attention, job.arch, dtype, (data.seq_len,), mesh),
+        "attention": attention,
         "head": f"swept in chunks of {job.config.head.chunk} words",
         "whole": unsplit(model, mesh),
         "trees": {k: sum(map(bytes_a_device, jax.tree.leaves(v))) for k, v in trees.items()},
@@ -231,7 +233,7 @@ def _steps(config: Any, examples: int) -> tuple[int, int]:
     all of it.
     """
     data, train = config.data, config.train
-    held, fit = round(examples * data.validation_fraction), examples
+    held, fit = held_out(examples, data.validation_fraction), examples
     if data.validation_path:
         held = len(sources.read("", data.validation_path, data.limit))
     else:

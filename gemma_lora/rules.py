@@ -232,7 +232,8 @@ def _compare(
         near = [*linked[i], *members[at + 1 : at + 33]]
         near += [j for s in sides[i] for j in others[s][:32]]
         for j in dict.fromkeys(near):
-            enough = min(len(bare[i]), len(bare[j])) >= _FEWEST
+            # Where hardly anything is left, what they share is no frame but the rows themselves.
+            enough = all(len(bare[k]) >= max(_FEWEST, len(own[k]) / 8) for k in (i, j))
             compared = bare if enough else own
             alike = len(compared[i] & compared[j]) / len(compared[i] | compared[j])
             if alike < NEAR or i == j:

@@ -187,20 +187,7 @@ def _train(config: Any, workdir: pathlib.Path, phases: Phases) -> dict[str, Any]
         distributed.agree(f"the {what}", notes[what])
     start = distributed.from_first(checkpoints.latest() if begun else None)
     if start is not None:
-        state, old = checkpoints.restore(start, state)
-        if old.keys() != notes.keys():
-            differ = ", ".join(sorted(old.keys() ^ notes.keys()))
-            raise UserError(
-                f"the checkpoints in {workdir} are of another version of gemma_lora: one of both "
-                f"lacks {differ}; give another --workdir"
-            )
-        for what in ("data", "weights"):
-            if old[what] != notes[what]:
-                raise UserError(
-                    f"the {what} are no longer those of the run in {workdir}: got {notes[what]}, "
-                    f"expected {old[what]}; give another --workdir, or the {what} it began with"
-                )
-        notes = old
+        state, notes = checkpoints.resume(start, state, notes)
         say(f"   continuing from the checkpoint of step {start}")
 
     # ---- compile once ---------------------------------------------------------------------------

@@ -132,6 +132,16 @@ def test_merged_equals_unmerged(case):
     assert np.allclose(one, joined["layers"]["mlp"]["up_proj"]["w"][1], atol=1e-6)
 
 
+def test_dora_leaves_a_channel_of_zeros_as_it_is():
+    t, (tuned, plain) = trees("dora"), models("dora")
+    w = t.params["layers"]["mlp"]["up_proj"]["w"].at[..., 3].set(0)
+    params = put(t.params, {"mlp/up_proj": {"w": w}})
+    base, lora = from_base(tuned.wrap, params, t.start)
+    want = logits(plain, params, {})
+    assert np.max(np.abs(logits(tuned, base, lora) - want)) < 3e-5
+    assert np.max(np.abs(logits(plain, merge(base, lora, tuned.wrap), {}) - want)) < 3e-5
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if "pissa" in c])
 def test_pissa_on_the_original_base(case):
     t, (tuned, _) = trees(case), models(case)

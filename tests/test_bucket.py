@@ -140,10 +140,9 @@ def test_objects_appear_whole_or_not_at_all(bucket):
     assert [p.read_text() for p in (bucket / "d" / "g").iterdir()] == ["c"]
 
 
-def test_an_export_to_a_bucket_is_refused(bucket):
-    message = "--out gs://bucket/out: expected a local directory"
-    with pytest.raises(UserError, match=message), export._appears(bucket / "out"):
-        raise AssertionError("the export has begun")
+def test_an_export_to_a_bucket_is_refused_before_the_run_is_read(bucket, tmp_path):
+    with pytest.raises(UserError, match="--out gs://bucket/out: expected a local directory"):
+        export.export(tmp_path / "nothing", "merged", bucket / "out")
 
 
 def test_a_run_in_a_bucket_is_the_local_run(bucket, beside, tmp_path):

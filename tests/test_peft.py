@@ -129,6 +129,9 @@ def test_layers_that_are_left_out_are_zero(settings, adapted):
         {"r": "8"},
         {"lora_alpha": None},
         {"target_modules": None},
+        {"rank_pattern": [1]},
+        {"lora_dropout": "x"},
+        {"layers_to_transform": "0"},
     ],
 )
 def test_settings_that_are_refused_by_name(setting, tmp_path):
@@ -160,6 +163,8 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj."
         ({"target_modules": ["c_attn"]}, {}, r"\['c_attn'\] match no module .*q_proj"),
         ({"rank_pattern": {"q_proj": 0}}, {}, r"rank_pattern of 'q_proj' is 0"),
         ({"alpha_pattern": {"q_proj(": 2}}, {}, r"alpha_pattern is .*expected"),
+        ({"target_modules": "(q_proj"}, {}, r"json: '\(q_proj' is no regular expression: missing"),
+        ({"exclude_modules": "("}, {}, r"adapter_config.json: '\(' is no regular expression"),
         ({"use_dora": True, "layers_to_transform": [0, 1]}, {}, r"DoRA in 2 of the 3 layers"),
     ],
 )

@@ -66,6 +66,8 @@ assert again == row
 assert "memory not known" in table([row], None)
 odd = plan(Job(arch, config_of(**{"data.batch_size": 6}), "cpu:4"), None, None)
 assert "multiple of 4" in odd["error"] and "cannot run" in table([odd], None)
+odd = plan(Job(arch, config_of(attention="splash"), "cpu:8"), None, None)
+assert "it is a TPU kernel" in odd["error"]
 print("equal")
 """
 
@@ -125,6 +127,12 @@ def test_time_and_money_by_hand(job):
         config.update_from_flattened_dict(changes)
         row = plan.plan(job._replace(config=config), 1000, None)
         assert (row["steps"], row["eval_steps"]) == expected, changes
+
+
+@pytest.mark.parametrize("examples", [2, 3, 5])
+def test_of_few_examples_one_is_held_out(job, examples):
+    row = plan.plan(job, examples, None)
+    assert (row["steps"], row["eval_steps"]) == (2, 6)  # a batch of each set, at 0, 1 and 2
 
 
 def test_examples_are_counted_where_nothing_is_fetched():

@@ -123,6 +123,19 @@ def test_an_instruction_that_some_of_the_rows_begin_with_is_no_likeness():
     assert set(flagged(rows, "near_duplicate")) == {"8", "near"}
 
 
+def test_many_copies_of_one_row_with_a_few_words_changed():
+    rows = [row(str(i), prose(i, 300), "fine") for i in range(300)]
+    draw, copies = random.Random(0), []
+    for i in range(20):
+        words = prose(9999, 300).split()
+        for at in draw.sample(range(300), 5):
+            words[at] = draw.choice(WORDS)
+        copies.append(row(f"c{i}", " ".join(words), "fine", "train" if i else "validation"))
+    found = flagged([*rows, *copies], "near_duplicate")
+    assert set(found) == {c.id for c in copies}
+    assert set(flagged([*rows, *copies], "overlap")) == set(found)
+
+
 def test_near_duplicates_are_recalled_among_many():
     """Rows with a few of their words replaced: all of those that are really near."""
     rows, changed = [row(str(i), prose(i), "fine") for i in range(1500)], {}

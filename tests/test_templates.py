@@ -39,13 +39,19 @@ def test_every_kind_of_row_has_a_prompt_for_chat():
     assert prompt == "Classify the text as one of: {bad}, good.\n\ngood" and completion == "good"
 
 
-@pytest.mark.parametrize("empty", [{}, {"input": ""}, {"input": None}])
+@pytest.mark.parametrize("empty", [{}, {"input": ""}, {"input": None}, {"input": math.nan}])
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_variant_without_the_empty_input(empty, chat):
     prompt, completion = show({"instruction": "i", "output": "o"} | empty, chat=chat)
-    assert "Input" not in prompt and "None" not in prompt
+    assert "Input" not in prompt and "None" not in prompt and "nan" not in prompt
     assert prompt == "i" if chat else "### Instruction:\ni\n" in prompt
     assert completion == "o"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_empty_instruction_hides_no_input(chat):
+    prompt, completion = show({"instruction": "", "input": "cat", "output": "o"}, chat=chat)
+    assert "cat" in prompt and completion == "o"
 
 
 def test_completion_begins_at_the_last_field():
@@ -100,13 +106,27 @@ def test_template_errors():
     assert "anwser" in text and "question, answer" in text and "x.jsonl" in text
     text = message(made, {"body": "x"})
     assert "body" in text and "question/answer" in text and "--config.data.template" in text
-    for more, what in (({}, "missing"), ({"answer": None}, "null")):
+    for more, what in (
+        ({}, "missing"), ({"answer": None}, "null"), ({"answer": math.nan}, "NaN")
+    ):  # fmt: skip
         broken = {"question": "q"} | more
         text = message(render, TEMPLATES["question", "answer"], broken, (), "x.jsonl, row 7")
         assert f"x.jsonl, row 7: field 'answer' is {what} (it has question" in text
     for value in ([], {}, b"x"):
         text = message(made, {"question": "q", "answer": value})
         assert "x.jsonl, row 7: field 'answer' is a" in text and "expected text" in text
-    for label in (2, -1, 0.5, math.nan, math.inf, "Positive"):
+    for label in (2, -1, 0.5, math.inf, "Positive"):
         text = message(made, {"text": "t", "label": label})
         assert f"label {label!r}, but data.labels has 2 words, ('negative', 'positive')" in text
+    assert "field 'label' is NaN" in message(made, {"text": "t", "label": math.nan})
+
+
+def test_a_number_that_is_a_place_and_another_word_is_refused():
+    """Stars from 1 to 5 would otherwise each be trained as the next."""
+    stars = ("1", "2", "3", "4", "5")
+    for label in (1, 4, 5, 5.0, True):
+        text = message(made, {"text": "t", "label": label}, labels=stars)
+        assert f"the label is the number {int(label)}, which counts data.labels from 0" in text
+    assert "have a word '-1'" in message(made, {"text": "t", "label": -1}, labels=("1", "-1"))
+    assert [made({"text": "t", "label": x}, labels=stars).label for x in ("1", "5", 0)] == [0, 4, 0]
+    assert show({"text": "t", "label": 1}, labels=("0", "1"))[1] == "1"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from common import message
 from loading import Recorder, load, load_dir, same
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tiny import TINY, tiny_weights, write_tiny
 
 from gemma_lora.arch import ARCHS, Arch
@@ -176,6 +176,16 @@ def test_loading_in_8_bits(tmp_path, name):
         elif not path.endswith("w_scale"):
             np.testing.assert_array_equal(x, whole[path].astype(x.dtype), err_msg=path)
     assert seen == 7 and len(tree) == len(whole) + 7
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_have_no_8_bits(tmp_path, bad):
+    path, name = write_tiny("qwen2", tmp_path), "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(path / "model.safetensors")
+    tensors[name][3, 0] = bad
+    save_file(tensors, path / "model.safetensors")
+    text = message(load, open_weights(str(path), "auto"), jnp.float32, "int8")
+    assert f"{name} holds weights that are not finite" in text
 
 
 # ---- reading only what is needed ------------------------------------------------------------

@@ -54,7 +54,8 @@ class Tokenized:
     # keeps the label if that field is long enough; any other is cut at seq_len, so that its stop
     # token is not trained.
     truncated: list[str]
-    dropped: list[str]  # ids whose prompt fills seq_len: nothing of them carries loss
+    # Ids of which nothing carries loss: the prompt fills seq_len, or there is neither text nor BOS.
+    dropped: list[str]
     label_tokens: tuple[int, ...] = ()  # the first token of each word of data.labels; (): no labels
 
 
@@ -286,7 +287,11 @@ def split(
             f"{len(examples)} usable example(s), a split needs at least 2; an example without a "
             "loss token within data.seq_len is none"
         )
-    count = min(max(1, round(len(examples) * fraction)), len(examples) - 1)
-    validation = subset(examples, count, seed)
-    held_out = {e.id for e in validation}
-    return [e for e in examples if e.id not in held_out], validation
+    validation = subset(examples, held_out(len(examples), fraction), seed)
+    held = {e.id for e in validation}
+    return [e for e in examples if e.id not in held], validation
+
+
+def held_out(examples: int, fraction: float) -> int:
+    """How many of them validate: of two or more at least one, but not all."""
+    return min(max(1, round(examples * fraction)), examples - 1)

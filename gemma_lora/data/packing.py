@@ -1,5 +1,7 @@
 """Which examples share a row: best-fit decreasing, planned before the epoch begins."""
 
+import bisect
+import collections
 from collections.abc import Sequence
 
 
@@ -16,13 +18,14 @@ def pack(
     by_length = sorted(order, key=lambda i: (-lengths[i], -loads[i]))
     rows: list[list[int]] = []
     loss_left: list[int] = []
-    open_rows: list[list[int]] = [[] for _ in range(size + 1)]  # by tokens left
+    open_rows: dict[int, list[int]] = collections.defaultdict(list)  # by tokens left
+    lefts: list[int] = []  # those that some row has, sorted
     for i in by_length:
         fit = next(
             (
-                (left, row)
-                for left in range(lengths[i], size + 1)
-                for row in open_rows[left]
+                (lefts[k], row)
+                for k in range(bisect.bisect_left(lefts, lengths[i]), len(lefts))
+                for row in open_rows[lefts[k]]
                 if loss_left[row] >= loads[i]
             ),
             None,
@@ -34,7 +37,12 @@ def pack(
         else:
             left, row = fit
             open_rows[left].remove(row)
+            if not open_rows[left]:
+                lefts.remove(left)
         rows[row].append(i)
         loss_left[row] -= loads[i]
-        open_rows[left - lengths[i]].append(row)
+        left -= lengths[i]
+        if not open_rows[left]:
+            bisect.insort(lefts, left)
+        open_rows[left].append(row)
     return rows

@@ -236,7 +236,8 @@ def describe(
         )
     if counts["dropped"]:
         facts["dropped"] = (
-            f"{counts['dropped']} examples left out: the prompt fills data.seq_len, no loss token"
+            f"{counts['dropped']} examples left out: the prompt fills data.seq_len, or there is no "
+            "text at all; no loss token"
         )
     if train.patience and -(-total // every) <= train.patience:
         facts["note"] = f"patience {train.patience} can never stop this run: lower train.eval_every"

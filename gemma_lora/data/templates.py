@@ -1,11 +1,13 @@
 """Rows -> text or conversations, with the point where the completion begins.
 
 A template is a format string. Its last field, and what follows it, is the completion; all before
-is the prompt. Of several variants the first is used whose prompt has no empty field.
+is the prompt. Of several variants the first is used whose optional fields, those that the last one
+lacks, are all filled.
 """
 
 import dataclasses
 import functools
+import math
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -93,21 +95,25 @@ def is_classification(variants: tuple[str, ...]) -> bool:
 def render(
     variants: tuple[str, ...], row: dict[str, Any], labels: Sequence[str], where: str
 ) -> Rendered:
-    """A row in the first variant whose prompt has no empty field. `labels`: words for 0, 1, ...
+    """A row in the first variant whose optional fields, which the last one lacks, are all filled.
 
-    Raises UserError naming `where` (file and row) for a field that is missing or no text.
+    labels: words for 0, 1, ... Raises UserError naming `where` (file and row) for a field that is
+    missing or no text, and for a number as label that is a place and another place's word.
     """
-    # The prompt decides: an empty completion is the row's own affair.
-    usable = [v for v in variants if all(row.get(f) not in (None, "") for f in _fields(v)[:-1])]
-    template = usable[0] if usable else variants[-1]
+    needed = set(_fields(variants[-1]))
+    template = next(
+        v
+        for v in variants
+        if not any(_missing(row.get(f)) or row[f] == "" for f in set(_fields(v)) - needed)
+    )
     values = {}
     for field in _fields(template):
-        if row.get(field) is None:
-            what = "null" if field in row else "missing"
+        value = row.get(field)
+        if _missing(value):
+            what = ("null" if value is None else "NaN") if field in row else "missing"
             raise UserError(f"{where}: field {field!r} is {what} (it has {field_names(row)})")
-        value = row[field]
         if field == "label" and isinstance(value, int | float) and value % 1 == 0:
-            value = labels[int(value)] if 0 <= value < len(labels) else value
+            value = _word(int(value), labels, where)
         if not isinstance(value, (str, int, float)):
             raise UserError(f"{where}: field {field!r} is a {type(value).__name__}, expected text")
         values[field] = str(value)
@@ -127,6 +133,23 @@ def render(
             "(on the command line: --config.data.labels=\"('a', 'b')\")"
         )
     return Rendered(text, completion, len(text), longest, labels.index(values["label"]))
+
+
+def _missing(value: Any) -> bool:
+    """NaN is what a table writes where it has nothing."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _word(place: int, labels: Sequence[str], where: str) -> str | int:
+    """The label word at `place`; the number itself where there is none."""
+    found = labels[place] if 0 <= place < len(labels) else place
+    if str(place) in labels and found != str(place):
+        raise UserError(
+            f"{where}: the label is the number {place}, which counts data.labels from 0, but these "
+            f"have a word {str(place)!r} elsewhere, {labels}: write it as text where the word is "
+            "meant"
+        )
+    return found
 
 
 def render_chat(

@@ -33,6 +33,15 @@ from gemma_lora.weights.mapping import flatten, names
 _PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 # Settings of adapter_config.json that must be there -> what they may be.
 _KINDS = {"r": (int,), "lora_alpha": (int, float), "target_modules": (list, str)}
+# And those that may be left out.
+_OPTIONAL: dict[str, tuple[type, ...]] = {
+    "lora_dropout": (int, float),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "exclude_modules": (list, str),
+    "layers_pattern": (list, str),
+    "layers_to_transform": (list, int),
+}
 # Settings that change the maths -> the values we can honour.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -111,8 +120,9 @@ def read(directory: pathlib.Path, arch: Arch) -> tuple[LoRAConfig, dict[str, Any
                 f"{files[0]}: {key} is {settings[key]!r}, which is not supported here "
                 f"(expected {allowed[0]!r})"
             )
-    for key, kind in _KINDS.items():
-        if not isinstance(settings.get(key), kind):
+    for key, kind in (_KINDS | _OPTIONAL).items():
+        left_out = key in _OPTIONAL and settings.get(key) is None
+        if not (left_out or isinstance(settings.get(key), kind)):
             expected = " or ".join(k.__name__ for k in kind)
             raise UserError(f"{files[0]}: {key} is {settings.get(key)!r}, expected {expected}")
     try:
@@ -126,6 +136,8 @@ def read(directory: pathlib.Path, arch: Arch) -> tuple[LoRAConfig, dict[str, Any
         return from_tensors(tensors, settings, arch)
     except UserError as e:
         raise UserError(f"{directory}: {e}") from e
+    except re.error as e:
+        raise UserError(f"{files[0]}: {e.pattern!r} is no regular expression: {e}") from e
 
 
 def base_of(directory: pathlib.Path) -> str | None:

@@ -16,6 +16,8 @@ the other, round after round, and the figures are medians over the rounds. Cases
   growth  batches and lengths
   peers   ours and the JAX peers on the rows of full: tunix and KerasHub, where --tunix-python
           (with google-tunix) and --keras-python (with keras-hub) name an interpreter
+  peers-recipe  the same on the rows of recipe, loss on the completion; the peers do not pack, and
+          pad every row to one length: 576, which keeps all rows whole
 """
 
 import argparse
@@ -360,13 +362,16 @@ def cases(bench: Bench, rows: Rows, options: argparse.Namespace) -> Iterator[tup
             )
     if "peers" in options.cases:
         batches = rows.full(4, 256, n)
-        dtypes = {"float32", *options.tunix, *options.keras} & {"float32", "bfloat16"}
-        same = (bench.ours(o, "train", batches) for o in sorted(dtypes, reverse=True))
-        yield "peers", [*same, *bench.peers(batches)]
+        yield "peers", [*(bench.ours(o, "train", batches) for o in ours), *bench.peers(batches)]
+    if "peers-recipe" in options.cases:
+        packed, examples = rows.packed("completion", 2, 576, n)
+        fixed = rows.padded("completion", 2, 576, n, longest=False)
+        same = (bench.ours(o, "train", packed) | {"examples": examples} for o in ours)
+        yield "peers-recipe", [*same, *bench.peers(fixed)]
 
 
 def main() -> None:
-    known = ("full", "recipe", "eval", "forward", "parts", "growth", "peers")
+    known = ("full", "recipe", "eval", "forward", "parts", "growth", "peers", "peers-recipe")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -378,7 +383,7 @@ def main() -> None:
     parser.add_argument("--preload", default="", help="a malloc library, such as libtcmalloc.so")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--unroll", action="store_true", help="our loop over layers unrolled")
-    parser.add_argument("--cases", nargs="+", choices=known, default=known[:-2])
+    parser.add_argument("--cases", nargs="+", choices=known, default=known[:-3])
     parser.add_argument("--ours", nargs="*", choices=OURS, default=["float32", "float32 floor"])
     parser.add_argument("--peft", nargs="*", choices=PEFT, default=list(PEFT))
     parser.add_argument("--tunix", nargs="*", choices=TUNIX, default=["float32"])
