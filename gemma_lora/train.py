@@ -66,7 +66,13 @@ from gemma_lora.sharding import (
 )
 from gemma_lora.step import init_state, jit_eval_step, jit_train_step
 from gemma_lora.weights import peft
-from gemma_lora.weights.pretrained import build_model, fingerprint, load_base, open_weights
+from gemma_lora.weights.pretrained import (
+    build_model,
+    fingerprint,
+    load_base,
+    not_finite,
+    open_weights,
+)
 from gemma_lora.workdir import claim, forget_after, release, require_space
 
 
@@ -440,10 +446,12 @@ def _train(config: Any, workdir: pathlib.Path, phases: Phases) -> dict[str, Any]
     if status == "nan":
         ids = run["nan"]["ids"]
         more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+        bad = not_finite(base)
         raise UserError(
             f"the loss or its gradient was not finite at step {step}, on examples "
             f"{', '.join(ids[:8])}{more}; "
             + ("no adapter was written" if best is None else f"the adapter is that of step {best}")
+            + "".join(f". The base weights {path} are not finite themselves" for path in bad[:1])
         )
     if written:
         banner(

@@ -287,6 +287,12 @@ def fingerprint(base: dict[str, Any]) -> str:
     return f"{int(_sum_of_bits(jax.tree.leaves(base['layers']), jax.tree.leaves(others))):08x}"
 
 
+def not_finite(base: dict[str, Any]) -> list[str]:
+    """The leaves that hold a NaN or an infinity."""
+    finite = jax.jit(lambda base: jax.tree.map(lambda x: jnp.isfinite(x).all(), base))(base)
+    return [path for path, good in mapping.flatten(finite).items() if not good]
+
+
 def build_model(arch: Arch, config: Any, wrap: Callable, mesh: Mesh | None = None) -> Transformer:
     """The model a config describes, on the mesh that will run it; none: one device."""
     dtype = jnp.dtype(config.dtype)
