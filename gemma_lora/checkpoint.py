@@ -16,7 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from gemma_lora.errors import UserError
+from gemma_lora.errors import UserError, one_line
 from gemma_lora.files import remote
 
 
@@ -94,7 +94,7 @@ class Checkpoints:
         except Exception as e:  # orbax and tensorstore have no common base of their errors
             raise UserError(
                 f"the checkpoint {self._directory / str(step)} cannot be restored "
-                f"({type(e).__name__}: {' '.join(str(e).split())[:300]}); if it is damaged, move "
+                f"({type(e).__name__}: {one_line(e)}); if it is damaged, move "
                 "it away to go on from an earlier one, if there is one"
             ) from e
         return restored.state, restored.notes

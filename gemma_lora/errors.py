@@ -21,6 +21,13 @@ def extra(name: str) -> str:
     return f"pip install -c constraints.txt -e '.[{name}]'"
 
 
+def one_line(e: Exception) -> str:
+    """The message of an exception of someone else's on one line of at most 300 characters, or its
+    name where it has none."""
+    text = " ".join(str(e).split()) or type(e).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
 def nearest(got: str, valid: Iterable[str]) -> str:
     """'did you mean a, b? (valid: ...)' for an unknown name; lists at most a dozen names."""
     valid = sorted(str(x) or "''" for x in valid)

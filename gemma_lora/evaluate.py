@@ -31,7 +31,7 @@ from gemma_lora.data import sources
 from gemma_lora.data.dataset import Batch, Dataset, shapes
 from gemma_lora.data.examples import check_vocabulary, tokenize
 from gemma_lora.data.pipeline import dataset
-from gemma_lora.errors import UserError
+from gemma_lora.errors import UserError, one_line
 from gemma_lora.files import path_of, replace_file
 from gemma_lora.metrics import finite, say
 from gemma_lora.model import no_wrap
@@ -268,7 +268,7 @@ def read_table(path: pathlib.Path, columns: tuple[str, ...]) -> pyarrow.Table:
         with path.open("rb") as f, pyarrow.parquet.ParquetFile(f) as file:
             return file.read(list(columns)).select(columns)
     except (OSError, KeyError, pyarrow.ArrowException) as e:
-        raise UserError(f"{path} is missing or damaged: {' '.join(str(e).split())}") from e
+        raise UserError(f"{path} is missing or damaged: {one_line(e)}") from e
 
 
 def not_finite(rows: dict[str, np.ndarray]) -> list[str]:

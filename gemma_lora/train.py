@@ -447,11 +447,12 @@ def _train(config: Any, workdir: pathlib.Path, phases: Phases) -> dict[str, Any]
         ids = run["nan"]["ids"]
         more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
         bad = not_finite(base)
+        cause = f". The base weights {bad[0]} are not finite: a damaged file?" if bad else ""
         raise UserError(
             f"the loss or its gradient was not finite at step {step}, on examples "
             f"{', '.join(ids[:8])}{more}; "
             + ("no adapter was written" if best is None else f"the adapter is that of step {best}")
-            + "".join(f". The base weights {path} are not finite themselves" for path in bad[:1])
+            + cause
         )
     if written:
         banner(

@@ -185,7 +185,7 @@ def test_weights_that_are_not_finite_have_no_8_bits(tmp_path, bad):
     tensors[name][3, 0] = bad
     save_file(tensors, path / "model.safetensors")
     text = message(load, open_weights(str(path), "auto"), jnp.float32, "int8")
-    assert f"{name} holds weights that are not finite" in text
+    assert f"{name}: got a NaN or an infinity, expected finite weights to store as int8" in text
 
 
 # ---- reading only what is needed ------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet
 
 from gemma_lora.data import generated
-from gemma_lora.errors import UserError, nearest
+from gemma_lora.errors import UserError, nearest, one_line
 from gemma_lora.files import path_of
 
 Row = dict[str, Any]
@@ -66,7 +66,7 @@ def read(source: str, path: str, limit: int) -> list[Row]:
             seen.add(ident)
             out.append({**row, "id": ident})
     except OSError as e:
-        raise UserError(f"{path or source} cannot be read: {_line(e)}") from e
+        raise UserError(f"{path or source} cannot be read: {one_line(e)}") from e
     if not out:
         raise UserError(f"{path or source} holds no rows")
     return out
@@ -104,7 +104,7 @@ def _jsonl(file: pathlib.Path) -> Iterator[Row]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as e:
-                raise UserError(f"{file}, line {number}: not JSON: {_line(e)}") from e
+                raise UserError(f"{file}, line {number}: not JSON: {one_line(e)}") from e
             if not isinstance(row, dict):
                 shown = line.strip()[:60].decode(errors="replace")
                 raise UserError(f"{file}, line {number}: expected an object, got {shown!r}")
@@ -115,7 +115,7 @@ def _json(file: pathlib.Path) -> Iterable[Row]:
     try:
         rows = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{file}: not JSON: {_line(e)} (one object a line is .jsonl)") from e
+        raise UserError(f"{file}: not JSON: {one_line(e)} (one object a line is .jsonl)") from e
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
         raise UserError(f"{file}: expected a list of objects (one object a line is .jsonl)")
     return rows
@@ -126,13 +126,7 @@ def _parquet(file: pathlib.Path) -> Iterable[Row]:
         with file.open("rb") as f:
             return pyarrow.parquet.read_table(f).to_pylist()
     except (pyarrow.ArrowException, ValueError, OverflowError) as e:  # text that is no UTF-8, ...
-        raise UserError(f"{file}: not a Parquet file: {_line(e)}") from e
-
-
-def _line(e: Exception) -> str:
-    """The message of an exception of someone else's, as one line of bounded length."""
-    text = " ".join(str(e).split())
-    return text if len(text) <= 300 else f"{text[:300]} ..."
+        raise UserError(f"{file}: not a Parquet file: {one_line(e)}") from e
 
 
 def _generated(argument: str) -> Iterable[Row]:
@@ -174,7 +168,7 @@ def _tfds(argument: str) -> Iterator[Row]:
         known = nearest(name, tfds.list_builders(with_community_datasets=False))
         raise UserError(f"TensorFlow Datasets has no {name!r}, {known}") from e
     except Exception as e:  # tfds has no common base of its errors
-        causes = dict.fromkeys(f"{type(x).__name__}: {_line(x)}" for x in (e, e.__cause__) if x)
+        causes = dict.fromkeys(f"{type(x).__name__}: {one_line(x)}" for x in (e, e.__cause__) if x)
         raise UserError(
             f"TensorFlow Datasets cannot give {argument!r}, split {split!r} (the last part, behind "
             f"any configuration): {'; '.join(causes)}; a local copy can be read with data.path"

@@ -288,9 +288,8 @@ def load(
 
     shapes: tree of ShapeDtypeStruct (the dtype is the one to store; an int8 'w' is quantised here,
     with its 'w_scale' beside it); shardings: the same tree. Beyond the model, one tensor of one
-    layer at a time is in memory. Raises UserError that counts the unknown, missing or misshapen
-    tensors and names the first ones, before anything is read; and for one to be quantised that is
-    not finite.
+    layer at a time is in memory. Raises UserError for unknown, missing or misshapen tensors, before
+    anything is read, and for one to be quantised that is not finite.
     """
     flat, where = flatten(shapes), flatten(shardings)
     table = stored(arch, form)
@@ -302,12 +301,14 @@ def load(
     def values(ours: str, i: int | None) -> dict[str, np.ndarray]:
         """The leaf and, where it is quantised, its scale."""
         row = table[ours]
-        name = row.name.format(i=i)
-        x = _to_ours(read(name), row, *_place(arch, ours))
+        x = _to_ours(read(row.name.format(i=i)), row, *_place(arch, ours))
         if flat[ours].dtype != jnp.int8:
             return {ours: x}
         if not np.isfinite(x).all():
-            raise UserError(f"{name} holds weights that are not finite, which int8 cannot say")
+            raise UserError(
+                f"{row.name.format(i=i)}: got a NaN or an infinity, expected finite weights to "
+                "store as int8; the file may be damaged"
+            )
         inputs = tuple(range(x.ndim + 1 - flat[f"{ours}_scale"].ndim))
         return dict(zip((ours, f"{ours}_scale"), quantize_int8(x, inputs), strict=True))
 

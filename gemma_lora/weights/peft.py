@@ -14,6 +14,7 @@ import dataclasses
 import json
 import pathlib
 import re
+from types import NoneType
 from typing import Any
 
 import flax.linen as nn
@@ -31,16 +32,17 @@ from gemma_lora.weights.mapping import flatten, names
 
 # Our leaf -> the end of PEFT's name.
 _PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
-# Settings of adapter_config.json that must be there -> what they may be.
-_KINDS = {"r": (int,), "lora_alpha": (int, float), "target_modules": (list, str)}
-# And those that may be left out.
-_OPTIONAL: dict[str, tuple[type, ...]] = {
-    "lora_dropout": (int, float),
-    "rank_pattern": (dict,),
-    "alpha_pattern": (dict,),
-    "exclude_modules": (list, str),
-    "layers_pattern": (list, str),
-    "layers_to_transform": (list, int),
+# Settings of adapter_config.json -> what they may be; with None, they may also be left out.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "target_modules": (list, str),
+    "lora_dropout": (int, float, NoneType),
+    "rank_pattern": (dict, NoneType),
+    "alpha_pattern": (dict, NoneType),
+    "exclude_modules": (list, str, NoneType),
+    "layers_pattern": (list, str, NoneType),
+    "layers_to_transform": (list, int, NoneType),
 }
 # Settings that change the maths -> the values we can honour.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -120,10 +122,9 @@ def read(directory: pathlib.Path, arch: Arch) -> tuple[LoRAConfig, dict[str, Any
                 f"{files[0]}: {key} is {settings[key]!r}, which is not supported here "
                 f"(expected {allowed[0]!r})"
             )
-    for key, kind in (_KINDS | _OPTIONAL).items():
-        left_out = key in _OPTIONAL and settings.get(key) is None
-        if not (left_out or isinstance(settings.get(key), kind)):
-            expected = " or ".join(k.__name__ for k in kind)
+    for key, kind in _KINDS.items():
+        if not isinstance(settings.get(key), kind):
+            expected = " or ".join("null" if k is NoneType else k.__name__ for k in kind)
             raise UserError(f"{files[0]}: {key} is {settings.get(key)!r}, expected {expected}")
     try:
         tensors = {
