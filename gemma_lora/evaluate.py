@@ -34,12 +34,12 @@ from gemma_lora.data.pipeline import dataset
 from gemma_lora.errors import UserError, one_line
 from gemma_lora.files import path_of, replace_file
 from gemma_lora.metrics import finite, say
-from gemma_lora.model import no_wrap
+from gemma_lora.model import Transformer, Wrap, no_wrap
 from gemma_lora.sharding import check_rows, make_mesh, to_global, tree_shardings
 from gemma_lora.step import jit_eval_step
 from gemma_lora.tokenizer import Tokenizer
 from gemma_lora.weights import peft
-from gemma_lora.weights.pretrained import build_model, load_base, open_weights
+from gemma_lora.weights.pretrained import Pretrained, build_model, load_base, open_weights
 
 # The columns of a ledger row; nll in nats, sums and largest in float64 over the example's tokens.
 COLUMNS = {
@@ -284,6 +284,29 @@ def _make(out: pathlib.Path) -> None:
         raise UserError(f"--out {out} cannot be used: {e.strerror}") from e
 
 
+def opened(
+    config: Any, adapter: pathlib.Path | None
+) -> tuple[Mesh, Pretrained, Wrap, dict[str, Any]]:
+    """(mesh, base weights on the disk, what wraps the model, the adapter's tree on the host) of a
+    config and a PEFT adapter directory; None: the base model."""
+    mesh = make_mesh(config.mesh)
+    check_rows(config.data.batch_size, mesh, config.train.micro_batches)
+    if adapter:
+        peft.require(adapter)
+    pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
+    return mesh, pretrained, *(peft.read(adapter, pretrained.arch) if adapter else (no_wrap, {}))
+
+
+def loaded(
+    pretrained: Pretrained, model: Transformer, lora: dict[str, Any], mesh: Mesh
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(base, lora) of `opened` on the devices."""
+    base = load_base(pretrained, model, mesh)
+    if lora:
+        lora = jax.device_put(lora, tree_shardings(model.abstract()["lora"], mesh))
+    return base, lora
+
+
 def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> dict[str, Any]:
     """Writes the ledger of the config's data to `out`; returns its metrics and what was left out.
 
@@ -294,12 +317,7 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     if (out / "config.json").exists():  # its ledger would be overwritten
         raise UserError(f"--out {out} is the workdir of a training run; give another directory")
     sources.check_place(config.data.source, config.data.path)
-    mesh = make_mesh(config.mesh)
-    check_rows(config.data.batch_size, mesh, config.train.micro_batches)
-    if adapter:
-        peft.require(adapter)
-    pretrained = open_weights(config.weights, config.arch, config.weights_sha256, config.tokenizer)
-    wrap, lora = peft.read(adapter, pretrained.arch) if adapter else (no_wrap, {})
+    mesh, pretrained, wrap, lora = opened(config, adapter)
     where = config.data.path or config.data.source
     rows = sources.read(config.data.source, config.data.path, config.data.limit)
     tokenizer = pretrained.tokenizer()
@@ -309,9 +327,7 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     check_vocabulary(found.examples, pretrained.arch.vocab)
     model = build_model(pretrained.arch, config, wrap, mesh)
     _make(out)
-    base = load_base(pretrained, model, mesh)
-    if lora:
-        lora = jax.device_put(lora, tree_shardings(model.abstract()["lora"], mesh))
+    base, lora = loaded(pretrained, model, lora, mesh)
     rows = shapes(found.examples, config.data)
     data = dataset(found.examples, config, rows, found.label_tokens, shuffle=False)
     distributed.agree("the data", data.fingerprint())
@@ -327,15 +343,19 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
     return finite(metrics(ledger, config.data.batch_size) | left_out | measured)
 
 
+def adapter_of(flag: str | None) -> pathlib.Path | None:
+    """The path that --adapter names; UserError where it is empty, as of an unset variable."""
+    if flag == "":
+        raise UserError("command line: --adapter is empty; leave it out for the base model")
+    return path_of(flag) if flag else None
+
+
 def main() -> None:
     # Defined here: train imports this module and must not take these flags.
     flags.DEFINE_string("adapter", None, "A PEFT adapter directory; without it, the base model.")
     flags.DEFINE_string("out", None, "Directory that takes the ledger.")
     config = parse_flags(("config", "out"))
-    adapter = flags.FLAGS.adapter
-    if adapter == "":
-        raise UserError("command line: --adapter is empty; leave it out for the base model")
-    adapter = path_of(adapter) if adapter else None
+    adapter = adapter_of(flags.FLAGS.adapter)
     keep_compiled()
     say(json.dumps(evaluate(config, path_of(flags.FLAGS.out), adapter)))
 

@@ -19,6 +19,7 @@ from gemma_lora.errors import require_name
 from gemma_lora.layers import (
     MLP,
     QUANTIZE,
+    Attend,
     Attention,
     Einsum,
     RMSNorm,
@@ -66,6 +67,20 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, is_local, rope, segments):
+        attend = functools.partial(
+            attention,
+            self.attention,
+            segments=segments,
+            is_local=is_local,
+            window=self.arch.window,
+            softcap=self.arch.attn_softcap,
+            dtype=self.dtype,
+            mesh=self.mesh,
+        )
+        return self.layer(x, is_local, rope, attend), None
+
+    def layer(self, x: jax.Array, is_local: jax.Array, rope: jax.Array, attend: Attend):
+        """The layer, whichever way its positions attend; called within a compact method."""
         a = self.arch
 
         def norm(name, y):
@@ -73,16 +88,6 @@ class Block(nn.Module):
 
         # Local and global layers differ in RoPE and in what a position sees.
         rope = jnp.where(is_local, rope[0], rope[1]) if a.window else rope[1]
-        attend = functools.partial(
-            attention,
-            self.attention,
-            segments=segments,
-            is_local=is_local,
-            window=a.window,
-            softcap=a.attn_softcap,
-            dtype=self.dtype,
-            mesh=self.mesh,
-        )
         common = (a, self.dtype, self.param_dtype, self.wrap, self.quantize, self.mesh)
         y = Attention(*common, name="attn")(norm("pre_attn_norm", x), rope, attend)
         if a.post_norms:
@@ -91,7 +96,7 @@ class Block(nn.Module):
         y = MLP(*common, name="mlp")(norm("pre_mlp_norm", x))
         if a.post_norms:
             y = norm("post_mlp_norm", y)
-        return split_rows((x + y).astype(self.dtype), self.mesh), None
+        return split_rows((x + y).astype(self.dtype), self.mesh)
 
 
 class Transformer(nn.Module):
@@ -113,9 +118,20 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, segments: jax.Array, positions: jax.Array) -> jax.Array:
-        a = self.arch
         require_name("remat", self.remat, REMAT)
         require_name("quantize", self.quantize, ("", *QUANTIZE))
+        x, rope = self.start(tokens, positions)
+        how, _ = choose(self.attention, self.arch, self.dtype, tokens.shape[1], self.mesh)
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(block, policy=REMAT[self.remat], prevent_cse=self.unroll)
+        layers = self.stack(block, how, (0, nn.broadcast, nn.broadcast))
+        x, _ = layers(x, jnp.asarray(self.arch.is_local), rope, segments)
+        return self.end(x)
+
+    def start(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the first layer takes: x [B,T,D], and RoPE's tables of local and global layers."""
+        a = self.arch
         table = self.embedding("embed")
         x = jnp.take(jax.lax.stop_gradient(table), tokens, axis=0).astype(self.dtype)
         x = split_rows(x, self.mesh)
@@ -130,21 +146,26 @@ class Transformer(nn.Module):
                 rope_table(positions, a.head_dim, a.rope_base, a.rope_factor),
             ]
         )
-        how, _ = choose(self.attention, a, self.dtype, tokens.shape[1], self.mesh)
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(block, policy=REMAT[self.remat], prevent_cse=self.unroll)
-        stack = nn.scan(
+        return x, rope
+
+    def stack(self, block: type[nn.Module], attention: str, in_axes: tuple[Any, ...]) -> nn.Module:
+        """All layers as one scan of `block`, whose arguments behind the carry have these axes."""
+        a = self.arch
+        scanned = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=in_axes,
             length=a.layers,
             unroll=a.layers if self.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "L"},
         )
-        common = (a, self.dtype, self.param_dtype, self.wrap, self.quantize, self.mesh, how)
-        x, _ = stack(*common, name="layers")(x, jnp.asarray(a.is_local), rope, segments)
+        common = (a, self.dtype, self.param_dtype, self.wrap, self.quantize, self.mesh)
+        return scanned(*common, attention, name="layers")
+
+    def end(self, x: jax.Array) -> jax.Array:
+        """The last layer's x [B,T,D] -> final hidden states in `dtype`."""
+        a = self.arch
         x = RMSNorm("D", a.embed, a.eps, a.norm_plus_one, name="final_norm")(x)
         return x.astype(self.dtype)
 

@@ -150,6 +150,14 @@ def final_answer(text: str) -> str:
     return f"#### {marks[-1][1].strip()}, but the last step gives {last}"
 
 
+def result(text: str) -> Fraction | None:
+    """The number that a worked solution arrives at: the first after its last ####; without that
+    mark, the last of the text. None: there is none."""
+    marks = list(_FINAL.finditer(text))
+    found = _numbers(marks[-1][1] if marks else text)
+    return (found[0] if marks else found[-1]) if found else None
+
+
 def _numbers(text: str) -> list[Fraction]:
     text = text.replace("\N{MINUS SIGN}", "-").replace("$", "")
     # Python makes no number of thousands of digits.

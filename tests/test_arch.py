@@ -269,6 +269,8 @@ ORDER = [
     "checkpoint",
     "evaluate",
     "stats",
+    "decode",
+    "generate",
     "rules",
     "traits",
     "confident",

@@ -30,9 +30,10 @@ from tiny_export import (
 
 from gemma_lora import config, export
 from gemma_lora.arch import FAMILIES, Arch
+from gemma_lora.decode import continuations
 from gemma_lora.lora import LoRAConfig, check_targets
 from gemma_lora.loss import Sweep
-from gemma_lora.model import Transformer, head_weight, logits
+from gemma_lora.model import Transformer
 from gemma_lora.step import State, make_train_step
 from gemma_lora.tokenizer import Tokenizer
 from gemma_lora.weights import mapping, peft
@@ -209,23 +210,6 @@ def base_and_adapter(workdir: Path) -> tuple[Transformer, dict, dict]:
     return model, load_base(pretrained, model, common.one_device()), lora
 
 
-def greedy(model: Transformer, params: dict, lora: dict, prompt: list[int], count: int):
-    """([T + count] ids, [T + count, V] logits) of the plain forward; what follows is not seen."""
-
-    @jax.jit
-    def forward(tokens):
-        positions = jnp.arange(tokens.shape[1])[None]
-        hidden = model.apply(
-            {"params": params, "lora": lora}, tokens, jnp.ones_like(tokens), positions
-        )
-        return logits(hidden, head_weight(params, model.arch), model.arch, model.dtype)[0]
-
-    ids = np.array([prompt + [0] * count], np.int32)
-    for t in range(len(prompt), ids.shape[1]):
-        ids[0, t] = forward(ids)[t - 1].argmax()
-    return ids[0], np.asarray(forward(ids))
-
-
 @functools.cache
 def torch():
     torch = common.needs("torch")
@@ -249,7 +233,9 @@ def test_transformers_loads_it_as_it_is(exported):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (ours.bos_id, ours.eos_id)
 
     model, params, lora = base_and_adapter(workdir)
-    ids, expected = greedy(model, params, lora, prompt, 32)
+    [(_, new)] = continuations(model, params, lora, [np.array(prompt)], (), rows=1, new=32)
+    ids = np.array([*prompt, *new])
+    expected = common.all_logits(model, params, lora, ids[None])[0]
     theirs.generation_config.eos_token_id = None  # go on, as ours does
     tensor = torch().tensor([prompt])
     generated = theirs.generate(
@@ -257,7 +243,7 @@ def test_transformers_loads_it_as_it_is(exported):
     )
     np.testing.assert_array_equal(generated[0].numpy(), ids)
     with torch().no_grad():
-        got = theirs(torch().tensor(ids[None].astype(np.int64))).logits[0].numpy()
+        got = theirs(torch().tensor(ids[None])).logits[0].numpy()
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-3)
 
 

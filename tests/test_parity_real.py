@@ -14,6 +14,7 @@ from test_parity import SOURCES, close, close_matrices, expected, train_like_pef
 
 from gemma_lora.config import default
 from gemma_lora.data import dataset, examples, sources
+from gemma_lora.decode import continuations
 from gemma_lora.evaluate import ledger_rows, metrics
 from gemma_lora.lora import LoRAConfig
 from gemma_lora.loss import Sweep
@@ -110,12 +111,13 @@ def test_real_trajectory_of_20_steps(real, source):
 
 
 def test_real_greedy_continuation(real):
-    """The tokens that transformers generates are our greedy tokens, fed back one by one."""
+    """With a cache and without we choose the tokens that transformers generates."""
     want = expected("golden", "real")
-    ids = np.concatenate([want["greedy_prompt_ids"], want["greedy_ids"]])[None]
-    got = common.all_logits(real.model, real.base, {}, ids).argmax(-1)[0]
-    start = len(want["greedy_prompt_ids"]) - 1
-    assert np.array_equal(got[start:-1], want["greedy_ids"])
+    prompt, greedy = want["greedy_prompt_ids"], want["greedy_ids"]
+    got = common.all_logits(real.model, real.base, {}, np.concatenate([prompt, greedy])[None])
+    assert np.array_equal(got[0, len(prompt) - 1 : -1].argmax(-1), greedy)
+    [(_, got)] = continuations(real.model, real.base, {}, [prompt], (), rows=1, new=len(greedy))
+    assert np.array_equal(got, greedy)
 
 
 def test_our_adapter_on_the_real_model_in_peft(real, tmp_path):

@@ -1,9 +1,11 @@
 """Annotations and final answers of worked problems: those that hold and those that do not."""
 
+from fractions import Fraction
+
 import pytest
 from test_rules import flagged, row
 
-from gemma_lora.sums import arithmetic
+from gemma_lora.sums import arithmetic, result
 
 
 @pytest.mark.parametrize(
@@ -146,3 +148,20 @@ def test_shifts_of_bits_are_no_annotations():
 )
 def test_final_answers(completion, bad):
     assert bool(flagged([row("a", completion=completion)], "final_answer")) == bad
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("3 + 4 = 7\n#### 7", 7),
+        ("#### 1\nNo:\n#### $1,234.50", Fraction("1234.5")),
+        ("#### -3 of 4", -3),
+        ("It costs 2 and then 18.", 18),
+        ("7 #### 8", 8),  # no mark of its own line: the last number
+        ("9\n#### none", None),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_the_number_a_solution_arrives_at(text, number):
+    assert result(text) == number
