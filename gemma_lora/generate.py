@@ -22,7 +22,6 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from absl import flags
 from rich.console import Console
@@ -112,8 +111,6 @@ def generate(
     """
     check(config)
     require_usable(*decoding)
-    if jax.process_count() > 1:
-        raise UserError("gemma_lora.generate is a command of one process")
     where = config.data.path or config.data.source
     if prompt is None:
         sources.check_place(config.data.source, config.data.path)

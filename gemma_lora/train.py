@@ -85,7 +85,7 @@ def main() -> None:
     train(config, path_of(flags.FLAGS.workdir), phases)
 
 
-def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> dict[str, Any]:
+def train(config: Any, workdir: pathlib.Path | str, phases: Phases | None = None) -> dict[str, Any]:
     """Runs or resumes the training a config describes; returns the report ({} but on process 0).
 
     phases: what was spent before; None: nothing. Raises UserError for what the run cannot use and,
@@ -95,6 +95,7 @@ def train(config: Any, workdir: pathlib.Path, phases: Phases | None = None) -> d
     """
     configs.check(config)
     try:
+        workdir = path_of(workdir) if isinstance(workdir, str) else workdir
         return _train(config, workdir, phases or Phases())
     finally:
         release()

@@ -7,7 +7,7 @@ die() {
 }
 
 # The comment at the head of the script, without its marks.
-usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; }
+usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "launch/${0##*/}"; }
 
 # Each argument as one word of any POSIX shell, whatever it holds.
 quoted() {

@@ -16,7 +16,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 verbs="install run slurm"
 switches="dry-run"
-flags="hosts dir port extras nodes gpus cpus partition time"
+case ${1:-} in
+  install) flags="hosts dir extras" ;;
+  run) flags="hosts dir port" ;;
+  *) flags="nodes gpus cpus partition time" ;;
+esac
 dry_run="" hosts="" dir=gemma_lora port=8476 extras=gpu,gs nodes="" gpus="" cpus="" partition="" time=""
 # shellcheck source=launch/common.sh
 . launch/common.sh
@@ -58,8 +62,12 @@ run() {
   if [ -z "$dry_run" ]; then trap 'stop' INT TERM; fi
   for i in "${!host[@]}"; do
     place=(--coordinator "${host[0]#*@}:$port" --processes "${#host[@]}" --process "$i")
-    # exec: the pid is then that of the training. The homes of all hosts may be one.
-    call ssh "${host[$i]}" "cd $(quoted "$dir") && echo \$\$ >run.\$(hostname).pid && exec $(quoted "${train[@]}" "${place[@]}" "$@")" &
+    # exec: the pid is then that of the training. The homes of all hosts may be one. Of a function in
+    # the background Ctrl-C would end the ssh, and with it what the training prints to.
+    {
+      trap '' INT
+      call ssh "${host[$i]}" "cd $(quoted "$dir") && echo \$\$ >run.\$(hostname).pid && exec $(quoted "${train[@]}" "${place[@]}" "$@")"
+    } &
     pids+=($!)
     if [ -n "$dry_run" ]; then wait $!; fi # in their order
   done

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with the newest Python it finds and installs pinned versions.
-#   launch/setup.sh VENV EXTRAS     e.g. launch/setup.sh .venv demo,test
+#   bash launch/setup.sh VENV EXTRAS     e.g. bash launch/setup.sh .venv demo,test
+# A VENV that was made before keeps the extras it has.
 # PYTHON=/path/to/python picks the interpreter, PYTHON_VERSIONS="3.11" limits the search.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ $# -eq 2 ] || { echo "usage: launch/setup.sh VENV EXTRAS, such as launch/setup.sh .venv demo" >&2; exit 2; }
+[ $# -eq 2 ] || { echo "usage: bash launch/setup.sh VENV EXTRAS, such as bash launch/setup.sh .venv demo" >&2; exit 2; }
 venv=$1 extras=$2
 known=$(sed -n '/^\[project.optional-dep/,/^$/s/ = \[.*//p' pyproject.toml)
 for extra in ${extras//,/ }; do
@@ -32,21 +33,46 @@ find_python() {
   return 1
 }
 
-# A venv is complete when it was made from these very pins, and its Python still runs.
-stamp=$(cat pyproject.toml constraints.txt launch/setup.sh | cksum | tr -d ' ')-$extras-${PYTHON:-}-${PYTHON_VERSIONS:-}
-if [ "$(cat "$venv/.gemma_lora" 2>/dev/null || true)" = "$stamp" ] && works "$venv/bin/python"; then
-  exit 0
-fi
-if [ -e "$venv" ] && [ ! -e "$venv/.gemma_lora" ]; then
+pins=$(cat pyproject.toml constraints.txt launch/setup.sh | cksum | tr -d ' ')
+its_pins="" its_extras="" its_python=""
+if [ -e "$venv/.gemma_lora" ]; then
+  { read -r its_pins && read -r its_extras && read -r its_python; } <"$venv/.gemma_lora" || true
+elif [ -e "$venv" ]; then
   echo "error: $venv exists and was not made by launch/setup.sh; remove it, or move it away" >&2
   exit 1
 fi
-python=${PYTHON:-$(find_python)}
+missing=""
+for extra in ${extras//,/ }; do
+  case ",$its_extras," in *",$extra,"*) ;; *) missing+="${missing:+,}$extra" ;; esac
+done
+
+# Was the venv made from these very pins, by a Python that was asked for and still runs?
+fits() {
+  local version
+  [ "$its_pins" = "$pins" ] && works "$venv/bin/python" || return 1
+  [ -z "${PYTHON:-}" ] || [ "$PYTHON" = "$its_python" ] || return 1
+  version=$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  case " ${PYTHON_VERSIONS:-$version} " in *" $version "*) ;; *) return 1 ;; esac
+}
+
+if fits; then
+  if [ -z "$missing" ]; then exit 0; fi
+  python=$its_python
+else
+  python=${PYTHON:-$(find_python)}
+  works "$python" || { echo "error: PYTHON=$python is no Python from 3.11 on that can make a venv" >&2; exit 1; }
+fi
+extras=$its_extras${its_extras:+${missing:+,}}$missing
 echo "installing gemma_lora[$extras] into $venv with $("$python" --version)"
-mkdir -p "$venv"
-echo incomplete > "$venv/.gemma_lora"
-"$python" -m venv --clear "$venv" # of another Python, or one that is gone, links would stay
-echo incomplete > "$venv/.gemma_lora"
+if fits; then
+  echo incomplete > "$venv/.gemma_lora"
+else
+  # Of another Python, or one that is gone, links would stay. The mark of whose it is stays, too.
+  mkdir -p "$venv"
+  echo incomplete > "$venv/.gemma_lora"
+  find "$venv" -mindepth 1 -maxdepth 1 ! -name .gemma_lora -exec rm -rf {} +
+  "$python" -m venv "$venv"
+fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
   --constraint constraints.txt --editable ".[$extras]"
-echo "$stamp" > "$venv/.gemma_lora"
+printf '%s\n' "$pins" "$extras" "$python" > "$venv/.gemma_lora"

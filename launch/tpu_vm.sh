@@ -11,13 +11,18 @@
 #           then run. The same arguments continue the run.
 #   delete                           give the slice back
 # On several hosts, and after a preemption, the workdir must outlive them: on a share, or
-# gs://BUCKET/DIR.
+# gs://BUCKET/DIR. A ~ of the hosts wants quotes here: --workdir '~/share/run'.
 # --dry-run prints the commands instead.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 verbs="create install run logs stop resume delete"
-switches="dry-run spot"
-flags="name zone project type runtime nfs worker extras"
+switches="dry-run" flags="name zone project"
+case ${1:-} in
+  create) switches+=" spot" flags+=" type runtime" ;;
+  install) flags+=" nfs extras" ;;
+  logs) flags+=" worker" ;;
+  resume) switches+=" spot" flags+=" type runtime nfs extras" ;;
+esac
 dry_run="" name="" zone="" project="" type="" runtime="" spot="" nfs="" worker=0 extras=tpu,gs
 # shellcheck source=launch/common.sh
 . launch/common.sh
@@ -95,9 +100,9 @@ install() {
   pack
   call gcloud compute tpus tpu-vm scp "$archive" "$name:gemma_lora.tar.gz" "${where[@]}" \
     --worker=all
-  # The images hold Python 3.10.
+  # The images hold Python 3.10; Debian may have another without what makes a venv.
   local python
-  python="command -v python3.13 python3.12 python3.11 >/dev/null || { $(packages python3.11-venv); }"
+  python="for p in python3.13 python3.12 python3.11; do \$p -c 'import ensurepip' 2>/dev/null && break; done || { $(packages python3.11-venv); }"
   on all "{ $python; } && $(unpacked gemma_lora "$extras")"
   if [ -n "$nfs" ]; then
     # A name that one host asks for too early would else count as missing for half a minute.

@@ -3,7 +3,6 @@
 import json
 
 import common
-import jax
 import numpy as np
 import pytest
 from test_evaluate import command, config  # noqa: F401  a fixture
@@ -133,12 +132,6 @@ def test_data_that_are_refused(changes, out, message, inputs, tmp_path):
     with pytest.raises(UserError, match=message):
         generate.generate(settings(inputs, changes), None, tmp_path / out)
     assert not any(tmp_path.iterdir())
-
-
-def test_several_processes_are_refused(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="command of one process"):
-        generate.generate(settings(inputs), None, tmp_path / "answers")
 
 
 def test_rows_keep_their_order_with_any_batch(inputs, tmp_path):

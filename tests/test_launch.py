@@ -111,7 +111,9 @@ def test_install_puts_the_tree_on_every_host(launch):
 
 def test_setup_says_what_it_takes():
     done = subprocess.run(["bash", str(LAUNCH / "setup.sh")], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("usage: launch/setup.sh VENV EXTRAS")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "usage: bash launch/setup.sh VENV EXTRAS"
+    )
     for wrong in ("tets", "dependencies", "d.mo"):  # the second is a list of pyproject.toml
         done = subprocess.run(
             ["bash", str(LAUNCH / "setup.sh"), "/nowhere/venv", f"demo,{wrong}"],
@@ -135,6 +137,66 @@ def test_setup_repairs_a_venv_whose_python_is_gone(tmp_path):
     assert done.returncode and "No such file" not in done.stderr, done.stderr
     assert subprocess.run([venv / "bin" / "python", "-c", ""]).returncode == 0
     assert (venv / ".gemma_lora").read_text() == "incomplete\n"
+
+
+# Makes "venvs" that hold itself, and notes what pip is asked for.
+PYTHON = """#!/bin/sh
+case "$1 $2" in
+  "-m venv") [ -z "$FAILS" ] || exit 1; mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  "-m pip") echo "$@" >>"$CALLS" ;;
+  "-c "*version_info\\[:2*) echo 3.13 ;;
+esac
+"""
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """setup(extras, **environment) -> (process, what pip was asked to install, or None)."""
+    python, calls = tmp_path / "a python", tmp_path / "calls"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+
+    def run(extras, **environment):
+        calls.write_text("")
+        line = ["bash", str(LAUNCH / "setup.sh"), str(tmp_path / "a venv"), extras]
+        given = {"PYTHON": str(python), "CALLS": str(calls)} | environment
+        done = subprocess.run(line, env=os.environ | given, capture_output=True, text=True)
+        asked = calls.read_text().split()
+        return done, asked[-1] if asked else None
+
+    return run
+
+
+def test_setup_keeps_what_a_venv_has(setup, tmp_path):
+    done, asked = setup("demo,gpu")
+    assert (done.returncode, asked) == (0, ".[demo,gpu]"), done.stderr
+    mine = tmp_path / "a venv" / "mine"
+    mine.touch()
+    for extras, environment in (
+        ("gpu,demo", {}),
+        ("demo", {"PYTHON": "", "PYTHON_VERSIONS": "3.12 3.13"}),
+    ):
+        done, asked = setup(extras, **environment)
+        assert (done.returncode, asked, done.stdout) == (0, None, ""), done.stderr
+    done, asked = setup("test,demo", PYTHON="")
+    assert (done.returncode, asked) == (0, ".[demo,gpu,test]")
+    assert mine.exists()
+    done, asked = setup("demo", PYTHON="/no/such")
+    assert done.returncode == 1 and "PYTHON=/no/such is no Python" in done.stderr
+    done, asked = setup("test")  # nothing was touched
+    assert (done.returncode, asked) == (0, None) and mine.exists()
+    # Of other pins it is made anew, with the extras it had.
+    stamp = tmp_path / "a venv" / ".gemma_lora"
+    stamp.write_text("other" + stamp.read_text())
+    done, asked = setup("demo")
+    assert (done.returncode, asked) == (0, ".[demo,gpu,test]") and not mine.exists()
+
+
+def test_setup_that_was_interrupted_begins_anew(setup):
+    done, asked = setup("demo", FAILS="1")
+    assert (done.returncode, asked) == (1, None)
+    done, asked = setup("demo")
+    assert (done.returncode, asked) == (0, ".[demo]"), done.stderr
 
 
 def test_other_extras_and_what_is_not_committed(launch, monkeypatch):
@@ -304,6 +366,14 @@ def test_gpus_of_several_hosts(launch, tmp_path):
         assert in_a_shell(command, tmp_path / host) == [*TRAIN[1:], *place, *HARD]
 
 
+def test_ctrl_c_leaves_the_connections_to_the_hosts(launch, tmp_path):
+    """It reaches ssh, too, through which the trainings print until they have saved."""
+    ignored = "import signal, sys; sys.exit(signal.getsignal(signal.SIGINT) != signal.SIG_IGN)"
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\nexec {sys.executable} -c '{ignored}'\n")
+    done, _ = launch("gpu.sh", "run", "--hosts", "a,b", "--", *HARD)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_host_that_fails_is_named(launch, monkeypatch):
     monkeypatch.setenv("STATUS", "75")
     done, _ = launch("gpu.sh", "run", "--hosts", "a,b", "--", *HARD)
@@ -342,6 +412,9 @@ def test_slurm_job(launch):
         (["gpu.sh", "slurm", "--nodes", "2", "--", "x"], "slurm needs --gpus"),
         (["gpu.sh", "slurm", "--nodes=two", "--gpus=8", "--", "x"], "'two' is no positive number"),
         (["gpu.sh", "run", "--hosts", "a,,b", "--", "x"], "--hosts is 'a,,b'"),
+        (["gpu.sh", "run", "--nodes", "2", "--", "x"], "unknown flag '--nodes' of run"),
+        (["gpu.sh", "slurm", "--hosts=a", "--", "x"], "unknown flag '--hosts=a' of slurm"),
+        (["tpu_vm.sh", "run", *SLICE, "--nfs=a", "--", "x"], "unknown flag '--nfs=a' of run"),
         (["gpu.sh", "run", "--host", "a", "--", "x"], "unknown flag '--host' of run"),
     ],
 )
@@ -352,8 +425,10 @@ def test_bad_calls(line, message, launch):
 
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "gpu.sh"])
-def test_help_is_the_header(script, launch):
-    done, _ = launch(script, "--help")
+def test_help_is_the_header(script, monkeypatch):
+    monkeypatch.chdir(LAUNCH.parent / "tests")
+    line = ["bash", f"../launch/{script}", "--help"]
+    done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0 and f"bash launch/{script} VERB" in done.stdout
     assert "#" not in done.stdout and "set -euo" not in done.stdout
 

@@ -1,6 +1,6 @@
 """How a training step grows with the chips, compiled ahead of time: no TPU is needed.
 
-    pip install libtpu
+    pip install -c constraints.txt libtpu
     python tests/benchmarks/growth.py [--archs gemma_2b ...] [--topologies v5e:1x1 ...]
 
 prints one table an architecture, in Markdown: the default recipe (r 8 on all linear layers, dropout

@@ -1,6 +1,6 @@
 """What a training step takes of a TPU chip, compiled ahead of time: no TPU is needed.
 
-    pip install libtpu
+    pip install -c constraints.txt libtpu
     python tests/benchmarks/tpu_memory.py gemma_2b v5e:2x2 16x256 16x1024 remat=matmuls,offload,full
 
 compiles the real step (the default recipe: r 8 on all linear layers, dropout 0.1, bfloat16 base,
