@@ -141,7 +141,7 @@ def test_progress_bar_does_not_break_lines(inputs, tmp_path, monkeypatch):
 
 
 def test_same_seed_same_bits(straight, diverged, inputs, tmp_path):
-    tiny_run.run(tmp_path / "again", settings(inputs))
+    tiny_run.run(str(tmp_path / "again"), settings(inputs))
     assert left(tmp_path / "again") == left(straight[0])
     first = [records(w, "train")[0]["loss"] for w in (straight[0], diverged[0])]
     assert first[0] != first[1]
