@@ -47,12 +47,12 @@ def default() -> ConfigDict:
     c.data = ConfigDict()
     c.data.source = "generated:600"  # tfds:NAME[[/CONFIG]/SPLIT] or generated:COUNT
     c.data.path = ""  # a .jsonl, .json or .parquet file, instead of source
-    c.data.validation_path = ""  # a file to validate on, instead of a split
+    c.data.validation_path = ""  # a file or a source to validate on, instead of a split
     c.data.validation_fraction = 0.1  # of the examples, chosen by a hash of seed and id
     c.data.template = ""  # 'Question: {question}\nAnswer: {answer}'; '': by the rows' fields
     c.data.chat = False  # prompt and completion as turns of the model's chat template
     c.data.labels = ("negative", "positive")  # words for 0, 1, ... in a field named 'label'
-    c.data.loss_on = "all"  # 'all' tokens or the 'completion' (the template's last field)
+    c.data.loss_on = "all"  # 'all' tokens or the 'completion': the last field, the last turn
     c.data.seq_len = 256  # tokens of a row, T
     c.data.batch_size = 8  # rows of one optimizer step, over all devices and micro-batches, B
     c.data.limit = 0  # only the first rows of the source or of each file; 0: all

@@ -235,7 +235,13 @@ def _steps(config: Any, examples: int) -> tuple[int, int]:
     data, train = config.data, config.train
     held, fit = held_out(examples, data.validation_fraction), examples
     if data.validation_path:
-        held = len(sources.read("", data.validation_path, data.limit))
+        source, path = sources.divided(data.validation_path)
+        if source.startswith("tfds:"):
+            raise UserError(
+                f"data.validation_path {source}: plan fetches no data set; give a file of as many "
+                "rows, or generated:N"
+            )
+        held = len(sources.read(source, path, data.limit))
     else:
         fit = examples - held
     each, size = max(1, -(-fit // data.batch_size)), train.eval_examples

@@ -103,9 +103,9 @@ def _read_config(workdir: pathlib.Path) -> ConfigDict:
         config.data.update(pairs)
         for k in ("rank_pattern", "alpha_pattern"):
             config.lora[k] = tuple(map(tuple, config.lora[k]))
+        check(config)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{workdir / 'config.json'} is of another version: {e}") from e
-    check(config)
     return config
 
 

@@ -16,6 +16,7 @@ from gemma_lora import config as configs
 from gemma_lora import files, workdir
 from gemma_lora.lora import LoRAConfig
 from gemma_lora.loss import Sweep
+from gemma_lora.optim import SCHEDULES
 from gemma_lora.sharding import AXES
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -107,7 +108,11 @@ def test_every_key_is_read_by_something():
         ("remat", "matmul", "did you mean matmuls? (valid: full, matmuls, none, offload)"),
         ("attention", "splsh", "did you mean splash? (valid: auto, block, cudnn, reference"),
         ("quantize", "int4", "did you mean int8? (valid: '', int8)"),
-        ("optim.schedule", "cosin", "did you mean cosine? (valid: constant, cosine, linear)"),
+        (
+            "optim.schedule",
+            "cosin",
+            f"did you mean cosine? (valid: {', '.join(sorted(SCHEDULES))})",
+        ),
         ("data.loss_on", "answer", "(valid: all, completion)"),
         ("data.seq_len", 2**31, "at most 2147483647"),
         ("data.limit", 2**31, "at most 2147483647"),

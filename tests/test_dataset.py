@@ -3,15 +3,17 @@
 import dataclasses
 import itertools
 import json
+import pathlib
 import random
 
 import numpy as np
 import pytest
 
 from gemma_lora import config as configs
+from gemma_lora.data import sources
 from gemma_lora.data.dataset import Dataset, loss_slots, shapes
 from gemma_lora.data.examples import Example
-from gemma_lora.data.pipeline import describe, load_data
+from gemma_lora.data.pipeline import check_files, describe, load_data
 from gemma_lora.errors import UserError
 
 SIZE = 32
@@ -296,7 +298,7 @@ def test_a_split_of_one_file(tmp_path, tokenizer):
     assert counts == {
         "train": 36, "validation": 4, "train_probe": 4, "truncated": 0, "dropped": 0,
         "excluded": 0,
-        "copies": 0,
+        "copies": 0, "unused_fields": [],
     }  # fmt: skip
     assert not ids(train) & ids(validation) and len(ids(train) | ids(validation)) == 40
     assert ids(probe) < ids(train) and len(ids(probe)) == 4
@@ -347,6 +349,21 @@ def test_load_errors(tmp_path, tokenizer):
         load_data(settings(path=write(tmp_path / "one.jsonl", ["a"])), tokenizer, 128)
 
 
+def test_a_source_may_validate(tmp_path, tokenizer, monkeypatch):
+    path = write(tmp_path / "train.jsonl", [f"a{i}" for i in range(9)])
+    rows = ({"prompt": f"{i} ", "completion": "c"} for i in range(4))
+    monkeypatch.setitem(sources.SOURCES, "mine", lambda argument: rows if argument == "x/y" else ())
+    c = settings(path=path, validation_path="mine:x/y")
+    check_files(c)
+    train, validation, *_ = load_data(c, tokenizer, 128)
+    assert len(ids(train)) == 9 and ids(validation) == {f"x-y-{i:06d}" for i in range(4)}
+    c = settings(source="generated:12", validation_path="generated:6", seq_len=512)
+    with pytest.raises(UserError, match="6 ids are in both generated:12 and generated:6"):
+        load_data(c, tokenizer, 128)
+    with pytest.raises(UserError, match="data file genrated:6: ending '' is unknown"):
+        check_files(settings(source="generated:12", validation_path="genrated:6"))
+
+
 def test_describe(tmp_path, tokenizer):
     names = [f"a{i}" for i in range(22)]
     c = settings(path=write(tmp_path / "x.jsonl", names, size=99), pack=True, loss_on="completion")
@@ -370,7 +387,13 @@ def test_describe(tmp_path, tokenizer):
     assert facts["dropped"].startswith("3 examples")
     c = settings(path=write(tmp_path / "y.jsonl", names, size=32), pack=True)
     train, _, _, counts = load_data(c, tokenizer, 128)
-    assert "larger data.seq_len" in describe(c, train, counts, total=12, every=5)["padding"]
+    facts = describe(c, train, counts, total=12, every=5)
+    assert "larger data.seq_len" in facts["padding"] and "fields not used" not in facts
+    path = pathlib.Path(c.data.path)
+    path.write_text(path.read_text().replace('"id"', '"context": "x", "a b": 1, "id"'))
+    train, _, _, counts = load_data(c, tokenizer, 128)
+    facts = describe(c, train, counts, total=12, every=5)
+    assert facts["fields not used"].startswith("a b, context: data.template")
     c = settings(path=c.data.path, buckets=(20, 40))
     train, _, _, counts = load_data(c, tokenizer, 128)
     facts = describe(c, train, counts, total=12, every=5)

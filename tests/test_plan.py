@@ -140,6 +140,8 @@ def test_examples_are_counted_where_nothing_is_fetched():
     assert count(config_of(**{"data.source": "generated:7"})) == 7
     assert count(config_of(**{"data.source": "generated:7", "data.limit": 5})) == 5
     assert count(config_of(**{"data.source": "tfds:gsm8k"})) is None
+    with pytest.raises(UserError, match="plan fetches no data set; give a file"):
+        plan._steps(config_of(**{"data.validation_path": "tfds:gsm8k/test"}), 10)
 
 
 @pytest.mark.parametrize(("tensor", "heads"), [(1, 4), (2, 2), (4, 4)])

@@ -104,6 +104,8 @@ def test_template_errors():
     assert "has no {field}" in message(made, row, "{{question}}")
     text = message(made, row, "{question}{anwser}")
     assert "anwser" in text and "question, answer" in text and "x.jsonl" in text
+    text = message(made, row, "{question}\\n{answer}")
+    assert "a backslash and an n, expected a line break" in text
     text = message(made, {"body": "x"})
     assert "body" in text and "question/answer" in text and "--config.data.template" in text
     for more, what in (

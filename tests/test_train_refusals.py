@@ -70,7 +70,7 @@ def test_a_variant_without_a_spelling_is_refused_before_the_weights_are_loaded(
     for name, spelled, why in (
         ("plain", peft._PARTS, "it would be read as 'lora'"),
         ("scaled", peft._PARTS, "no place for: .*lora_magnitude_vector"),
-        ("dora", parts, "no name for the leaf 'm'"),
+        ("dora", parts, "no name for a leaf 'm'"),
     ):
         monkeypatch.setattr(peft, "_PARTS", spelled)
         with pytest.raises(UserError, match=rf"lora.variant '{name}' cannot be exported.*{why}"):

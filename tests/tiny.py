@@ -120,7 +120,7 @@ def tiny_weights(name: str, seed: int = 0) -> dict[str, np.ndarray]:
     config = TINY[name]
     family, d, v = config["model_type"], config["hidden_size"], config["vocab_size"]
     h = config.get("head_dim", d // config["num_attention_heads"])
-    norm_mean = 1.0 if family == "qwen2" else 0.0  # Gemma's norms multiply by 1 + w
+    norm_mean = 0.0 if family.startswith("gemma") else 1.0  # Gemma's multiply by 1 + w
     weights: dict[str, np.ndarray] = {}
 
     def add(key: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gemma_lora.data import cache, templates
-from gemma_lora.data.sources import place
+from gemma_lora.data.sources import LINE, place
 from gemma_lora.errors import UserError, require_name
 from gemma_lora.tokenizer import Tokenizer
 
@@ -57,6 +57,7 @@ class Tokenized:
     # Ids of which nothing carries loss: the prompt fills seq_len, or there is neither text nor BOS.
     dropped: list[str]
     label_tokens: tuple[int, ...] = ()  # the first token of each word of data.labels; (): no labels
+    unused: tuple[str, ...] = ()  # the first row's fields that no example holds
 
 
 def tokenize(rows: list[dict[str, Any]], tokenizer: Tokenizer, data: Any, where: str) -> Tokenized:
@@ -83,8 +84,10 @@ def tokenize(rows: list[dict[str, Any]], tokenizer: Tokenizer, data: Any, where:
             r.text.encode()
         except UnicodeEncodeError:
             raise UserError(f"{place(row, where)}: half of a surrogate pair is no text") from None
+    unused = set(rows[0]) - templates.read_by(variants) - {"id", LINE}
     if sum(len(r.text) for r in rendered) < _WORTH_KEEPING:
-        return _assemble(_measure(rows, rendered, render, tokenizer, data, where), rows, rendered)
+        found = _measure(rows, rendered, render, tokenizer, data, where)
+        return _assemble(found, rows, rendered, unused)
     settings = [data.seq_len, data.loss_on, data.chat, labels]
     name = cache.key(
         [
@@ -97,7 +100,7 @@ def tokenize(rows: list[dict[str, Any]], tokenizer: Tokenizer, data: Any, where:
     if found is None:
         found = _measure(rows, rendered, render, tokenizer, data, where)
         cache.save(name, found)
-    return _assemble(found, rows, rendered)
+    return _assemble(found, rows, rendered, unused)
 
 
 @functools.cache
@@ -177,7 +180,10 @@ _FACTS = ("length", "loss_from", "answer", "label", "truncated")
 
 
 def _assemble(
-    found: dict[str, np.ndarray], rows: list[dict[str, Any]], rendered: list[templates.Rendered]
+    found: dict[str, np.ndarray],
+    rows: list[dict[str, Any]],
+    rendered: list[templates.Rendered],
+    unused: set[str],
 ) -> Tokenized:
     """Tokenized from what `_measure` found out of the rows."""
     examples, truncated, dropped, at = [], [], [], 0
@@ -192,7 +198,8 @@ def _assemble(
         at += length
         span = r.completion, r.end
         examples.append(Example(row["id"], tokens, loss_from, r.text, *span, answer, label))
-    return Tokenized(examples, truncated, dropped, tuple(found["label_tokens"].tolist()))
+    label_tokens = tuple(found["label_tokens"].tolist())
+    return Tokenized(examples, truncated, dropped, label_tokens, tuple(sorted(unused)))
 
 
 def _first_token(offsets: Sequence[tuple[int, int]], start: int) -> int:

@@ -47,7 +47,7 @@ def dataset(
 
 def load_data(
     config: Any, tokenizer: Tokenizer, vocab: int
-) -> tuple[Dataset, Dataset, Dataset, dict[str, int]]:
+) -> tuple[Dataset, Dataset, Dataset, dict[str, Any]]:
     """(training set, validation set, train probe, counts), all in the same batch shapes.
 
     The train probe is a fixed part of the training examples, as large as the validation set, on
@@ -56,16 +56,16 @@ def load_data(
     """
     data = config.data
 
-    def read(path: str) -> Tokenized:
-        rows = sources.read(data.source, path, data.limit)
-        tokenized = tokenize(rows, tokenizer, data, path or data.source)
+    def read(source: str, path: str) -> Tokenized:
+        rows = sources.read(source, path, data.limit)
+        tokenized = tokenize(rows, tokenizer, data, path or source)
         check_vocabulary(tokenized.examples, vocab)
         return tokenized
 
-    found = [read(data.path)]
+    found = [read(data.source, data.path)]
     label_tokens = found[0].label_tokens
     if data.validation_path:
-        found.append(read(data.validation_path))
+        found.append(read(*sources.divided(data.validation_path)))
         if found[1].label_tokens != label_tokens:
             raise UserError(
                 f"{data.path or data.source} and {data.validation_path} are not of one kind: the "
@@ -113,6 +113,7 @@ def load_data(
         "dropped": sum(len(f.dropped) for f in found),
         "excluded": left_out,
         "copies": sum(text in trained for text in held),
+        "unused_fields": list(found[0].unused),
     }
     return *sets, counts
 
@@ -124,7 +125,7 @@ def check_files(config: Any) -> None:
         raise UserError(f"tokenizer {config.tokenizer} does not exist")
     sources.check_place(data.source, data.path)
     if data.validation_path:
-        sources.check_place("", data.validation_path)
+        sources.check_place(*sources.divided(data.validation_path))
     _listed(data.exclude)
 
 
@@ -190,7 +191,7 @@ def _shown(e: Example) -> str:
 
 
 def describe(
-    config: Any, train_set: Dataset, counts: dict[str, int], total: int, every: int
+    config: Any, train_set: Dataset, counts: dict[str, Any], total: int, every: int
 ) -> dict[str, str]:
     """The facts of the data banner, the batch arithmetic among them."""
     data, train = config.data, config.train
@@ -219,6 +220,10 @@ def describe(
         facts["padding"] = (
             "examples longer than half a row leave much of it empty: a larger data.seq_len with a "
             "smaller data.batch_size wastes less"
+        )
+    if counts["unused_fields"]:
+        facts["fields not used"] = (
+            f"{', '.join(counts['unused_fields'])}: data.template says what the model sees"
         )
     if counts["truncated"]:
         facts["truncated"] = (

@@ -72,6 +72,11 @@ def read(source: str, path: str, limit: int) -> list[Row]:
     return out
 
 
+def divided(place: str) -> tuple[str, str]:
+    """(source, path) of a place that may be either: a source by its name, else a path."""
+    return (place, "") if place.partition(":")[0] in SOURCES else ("", place)
+
+
 def check_place(source: str, path: str) -> None:
     """Raises UserError where `read` would find nothing to open: of what costs more than a look at
     a directory it says nothing."""

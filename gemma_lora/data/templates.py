@@ -62,6 +62,11 @@ def choose(
 ) -> tuple[str, ...]:
     """The variants to use for rows like `row`: the config's template, or by the row's fields."""
     if template:
+        if "\\n" in template:
+            raise UserError(
+                f"data.template {template!r} holds a backslash and an n, expected a line break; a "
+                "shell takes one as --config.data.template=$'Q: {q}\\nA: {a}'"
+            )
         fields = _fields(template)
         if not fields:
             raise UserError(f"data.template {template!r} has no {{field}}")
@@ -79,12 +84,19 @@ def choose(
     for fields, variants in table.items():
         if all(f in row for f in fields):
             return tuple(v.replace("{labels}", words) for v in variants)
-    known = "; ".join("/".join(f) for f in table)
+    known = "; ".join(["/".join(f) for f in table] + ["messages"] * chat)
     hint = " (conversations need data.chat=True)" if "messages" in row else ""
     raise UserError(
         f"the rows of {where} have fields {field_names(row)}, which no built-in template knows "
         f"({known}){hint}. Give one: --config.data.template='... {{field}} ...'"
     )
+
+
+def read_by(variants: tuple[str, ...]) -> set[str]:
+    """The names of the fields that the variants read."""
+    if variants is MESSAGES:
+        return {"messages", "tools"}
+    return {field for v in variants for field in _fields(v)}
 
 
 def is_classification(variants: tuple[str, ...]) -> bool:

@@ -156,7 +156,7 @@ def check_spelling(config: LoRAConfig, lora: dict[str, Any], arch: Arch) -> None
         same = _means(found, zeros) == _means(config, zeros)
         why = "" if same else f"it would be read as {found.variant!r}, or with other scales"
     except KeyError as e:
-        why = f"it has no name for the leaf {e}"
+        why = f"it has no name for a leaf {e}, or needs one"
     except UserError as e:
         why = str(e)
     if why:
