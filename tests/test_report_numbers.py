@@ -11,7 +11,7 @@ import report_run
 import scipy
 
 from gemma_lora import outliers, report, stats
-from gemma_lora.report import tokens, training
+from gemma_lora.report import sections, tokens, training
 from gemma_lora.report.reading import read
 
 
@@ -284,6 +284,21 @@ def test_losses_of_other_examples_are_not_compared(run, tmp_path, change, said):
     r = report.build(run, (other,))
     assert r["compare"][0]["obstacles"] == [said] and "loss" not in r["compare"][0]
     assert f"**cannot be compared**: {said}" in report.markdown(r)
+
+
+def test_several_runs_are_first_in_one_table(run, tmp_path):
+    other = report_run.gsm8k(tmp_path / "a", 60, 45, steps=(0, 20))
+    edit(other / "ledger" / "examples.parquet", other_text)
+    r = report.build(run, (run, other))
+    blocks = dict(sections.sections(r))["Comparison with other runs"]
+    [table] = [b for b in blocks if isinstance(b, sections.Table) and b.head[0] == "other run"]
+    loss = r["compare"][0]["loss"]
+    keys = ("other", "this", "difference", "interval")
+    first, second = (c["workdir"] for c in r["compare"])
+    assert table.rows[0] == [first, *(loss[k] for k in keys), ""]
+    assert table.rows[1] == [second, *[None] * 4, "; ".join(r["compare"][1]["config"])]
+    alone = dict(sections.sections(report.build(run, (run,))))["Comparison with other runs"]
+    assert not any(getattr(b, "head", [""])[0] == "other run" for b in alone)
 
 
 def test_examples_that_only_one_run_has_are_left_out(run, tmp_path):

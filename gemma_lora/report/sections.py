@@ -364,6 +364,12 @@ def _others(runs: list[dict[str, Any]]) -> list[Block]:
             "same recipe would also differ: an interval over examples does not say that the "
             "recipe is better."
         )
+    if len(runs) > 1:
+        head = ["other run", "its loss", "this run's", "difference", "interval", "config"]
+        keys = ("other", "this", "difference", "interval")
+        rows = [[c["workdir"], *(c.get("loss", {}).get(k) for k in keys), "; ".join(c["config"])]
+                for c in runs]  # fmt: skip
+        blocks.append(Table(head, rows))
     for c in runs:
         steps = f"steps {show(c['best'])}, {show(c['shared'])} shared examples"
         if c["obstacles"]:
