@@ -11,7 +11,8 @@ one JSON line with 95 % Wilson intervals:
   exact_match      answer and completion are the same text, but for white space around them
   answer_accuracy  both arrive at the same number, the one after ####, or else the last of the text;
                    of the examples whose completion has such a #### alone (GSM8K), lm-eval's
-                   flexible-extract but that it prefers the marked number
+                   flexible-extract but that it prefers the marked number. Nothing but EOS and --new
+                   ends an answer: a base model that goes on with a next question is judged by that
 
 The second prints the answer to TEXT, which goes to the model as it is or, with data.chat, as the
 user's turn. Without --adapter it is the base model that answers. Dropout is off. One process.

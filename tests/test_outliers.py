@@ -132,10 +132,11 @@ def test_an_example_without_a_number_leaves_the_others_their_place():
 
 def test_scores_of_labels():
     """A flipped label is the first; an example without a label has no such score and no rank."""
-    p = np.array([[[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]]] * 2)
+    base = [[0.4, 0.6], [0.5, 0.5], [0.6, 0.4]]  # which counts for none of them
+    p = np.array([base, [[0.7, 0.3], [0.4, 0.6], [0.7, 0.3]], [[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]]])
     got = outliers.scores_of(made(p, [0, 0, -1]))
     assert got["label_loss"][:2] == pytest.approx([-np.log(0.9), -np.log(0.2)])
-    assert got["label_aum"][:2] == pytest.approx([-0.8, 0.6])
+    assert got["label_aum"][:2] == pytest.approx([-0.6, 0.4])  # of the evals after the base's
     assert np.isnan(got["label_loss"][2])
     assert got["combined"].tolist() == [0.5, 1.0, 0.5]
 

@@ -10,10 +10,12 @@ from tiny import write_tiny
 from tiny_tokenizer import write_tokenizer
 
 from gemma_lora.arch import ARCHS, Arch
+from gemma_lora.config import default
 from gemma_lora.errors import extra
 from gemma_lora.files import sha256
+from gemma_lora.model import no_wrap
 from gemma_lora.weights import keras
-from gemma_lora.weights.pretrained import open_weights
+from gemma_lora.weights.pretrained import build_model, open_weights
 
 
 def test_missing_weights_suggest_the_nearest(tmp_path):
@@ -33,6 +35,15 @@ def test_missing_weights_suggest_the_nearest(tmp_path):
     (directory / "config.json").unlink()
     text = message(open_weights, str(directory), "auto")
     assert "config.json does not say which model this is; give one of gemma_2b" in text
+
+
+def test_the_model_is_that_of_the_config():
+    config = default()
+    values = {"remat": "full", "unroll": True, "quantize": "int8", "attention": "block"}
+    config.update({"dtype": "float32", **values})
+    model = build_model(common.tiny_arch("gemma"), config, no_wrap)
+    assert {k: getattr(model, k) for k in values} == values
+    assert model.dtype == model.param_dtype == np.float32
 
 
 def test_sha256(tmp_path):

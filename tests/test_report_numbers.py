@@ -153,6 +153,21 @@ def test_every_eval_has_its_interval(run):
     assert width == pytest.approx(2 * 1.96 * each.std(ddof=1) / math.sqrt(60), rel=0.15)
     low, high = r["validation"]["loss"]["decrease_pct_interval"]
     assert low < r["validation"]["loss"]["decrease_pct"] < high < 100
+    start, best = (rows_of(run, step, "validation") for step in (0, r["evals"]["best"]))
+    better = [k for k in start if best[k]["nll"] < start[k]["nll"]]
+    assert len(better) > 30 and r["improved"]["examples"] == len(better)
+    assert r["improved"]["share"] == len(better) / 60
+    each = {k: {i: x["nll"] / x["tokens"] for i, x in rows.items()}
+            for k, rows in (("loss_at_start", start), ("loss", best))}  # fmt: skip
+    for x in r["outliers"]:
+        assert {k: x[k] for k in each} == pytest.approx({k: v[x["id"]] for k, v in each.items()})
+    largest = sorted(each["loss"].values())[::-1][: len(r["outliers"])]
+    assert [x["loss"] for x in r["outliers"]] == pytest.approx(largest)
+    lengths = {k: x["tokens"] for k, x in best.items()}
+    ranks = [scipy.stats.rankdata([of[k] for k in best]) for of in (lengths, each["loss"])]
+    assert r["length"]["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    worst = [lengths[x["id"]] for x in r["outliers"]]
+    assert r["length"]["median_worst"] == np.median(worst)
     assert r["improved"]["interval"] == pytest.approx(
         list(scipy.stats.binomtest(r["improved"]["examples"], 60).proportion_ci(method="wilson"))
     )

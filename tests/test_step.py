@@ -20,7 +20,14 @@ from gemma_lora.loss import Sweep
 from gemma_lora.model import REMAT
 from gemma_lora.optim import optimizer, schedule
 from gemma_lora.sharding import make_mesh
-from gemma_lora.step import State, forward, make_eval_step, make_train_step
+from gemma_lora.step import (
+    State,
+    forward,
+    init_state,
+    jit_train_step,
+    make_eval_step,
+    make_train_step,
+)
 from gemma_lora.weights.mapping import flatten
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -57,9 +64,31 @@ def test_dropout_is_of_the_seed():
     batch = common.batch_of(tokens, tiny.loss_mask(tokens.shape), 24)
     losses = []
     for seed in (0, 1):
-        step = jax.jit(make_train_step(model, tx, 1, Sweep(64), seed))
-        losses.append(float(step(state, params, batch)[1]["nll"].sum()))
+        config = default()
+        config.seed = seed
+        own = jax.tree.map(jnp.array, state)  # which the step takes
+        step = jit_train_step(model, tx, config, own, common.one_device())
+        losses.append(float(step(own, params, batch)[1]["nll"].sum()))
     assert abs(losses[1] - losses[0]) > 1e-3
+
+
+def test_adapters_start_by_the_seed():
+    model, _ = common.tiny_model("gemma", LoRAConfig(4, 8.0, 0.0))
+    tx, mesh = optimizer(default().optim, 10), common.one_device()
+    one, same, other = (flatten(init_state(model, tx, seed, mesh).lora) for seed in (3, 3, 4))
+    for key, x in one.items():
+        assert np.array_equal(x, same[key])
+        assert np.array_equal(x, other[key]) == key.endswith("/b"), key
+
+
+def test_logits_of_label_words_are_soft_capped():
+    model, params = common.tiny_model("gemma2")
+    tokens, words = tiny.tokens(rows=2), (5, 9, 77)
+    batch = common.batch_of(tokens, tiny.loss_mask(tokens.shape))
+    got = jax.jit(make_eval_step(model, Sweep(64), words))({}, params, batch)["label_logits"]
+    z = common.all_logits(model, params, {}, tokens)[:, :, words]
+    want = np.take_along_axis(z, np.asarray(batch["loss_pos"])[..., None], axis=1)
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def same_moments(one: State, other: State) -> None:

@@ -29,7 +29,16 @@ def test_templates_are_chosen_by_fields():
     assert show({"text": "good", "label": 1.0})[1] == "positive"  # as Parquet may have it
     assert show({"text": "good", "label": "negative"})[1] == "negative"
     prompt, completion = show({"instruction": "i", "input": "x", "output": "o"})
-    assert "### Input:\nx\n" in prompt and completion == "o"
+    assert completion == "o" and prompt == (  # as Stanford Alpaca wrote it
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+        "i\n\n### Input:\nx\n\n### Response:\n"
+    )
+    prompt, _ = show({"instruction": "i", "input": "", "output": "o"})
+    assert prompt == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\ni\n\n### Response:\n"
+    )
 
 
 def test_every_kind_of_row_has_a_prompt_for_chat():

@@ -155,17 +155,23 @@ def test_logged_learning_rates_are_those_of_the_updates(straight, inputs):
 
 
 def test_the_loop_computes_no_learning_rate(inputs, tmp_path, monkeypatch):
-    """On the device it would wait for the step under way."""
-    calls = []
-    schedule = train.schedule
+    """On the device it would wait for the step under way. The updates' own falls as the logged."""
+    calls, planned = [], []
+    schedule, optimizer = train.schedule, train.optimizer
+
+    def of_the_run(optim, steps):
+        planned.append(steps)
+        return optimizer(optim, steps)
 
     def counted(*arguments):
         made = schedule(*arguments)
         return lambda step: calls.append(step) or made(step)
 
     monkeypatch.setattr(train, "schedule", counted)
+    monkeypatch.setattr(train, "optimizer", of_the_run)
     tiny_run.run(tmp_path, settings(inputs))
     assert len(calls) == 1 and calls[0].shape == (8,)
+    assert planned == [8]
 
 
 def give_losses(monkeypatch, losses):

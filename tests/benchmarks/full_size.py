@@ -38,7 +38,7 @@ def tensors(arch: Arch) -> Iterator[tuple[str, str, np.ndarray]]:
             one = ours.endswith("/scale") and not arch.norm_plus_one
             values = np.full(own, one, block.dtype) if len(own) == 1 else np.resize(block, own)
             layer = None if layers is None else i
-            shard = "model" if layers is None else f"layer-{i:02d}"
+            shard = "others" if layers is None else f"layer-{i:02d}"
             yield shard, *mapping.hf_tensor(arch, ours, values, layer)
 
 

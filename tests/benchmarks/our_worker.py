@@ -33,8 +33,10 @@ class Offset(LoRA):
 
 
 def batch_arrays(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """The step's arrays from tokens, mask (which tokens are targets) and, if packed, segments."""
-    arrays = common.batch_of(batch["tokens"], batch["mask"])
+    """The step's arrays from tokens, mask (which tokens are targets), the loss slots of a row
+    where the data set has more than the batch needs, and, if packed, segments."""
+    slots = int(batch["slots"]) if "slots" in batch else None
+    arrays = common.batch_of(batch["tokens"], batch["mask"], slots)
     packed = {k: jnp.asarray(batch[k]) for k in ("segments", "positions") if k in batch}
     return arrays | packed
 

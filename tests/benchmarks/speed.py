@@ -134,6 +134,7 @@ class Rows:
     def padded(self, loss_on: str, batch: int, length: int, count: int, longest: bool) -> Batches:
         """Rows padded to `length`, or to the longest of their batch."""
         found = self.examples(loss_on, length)
+        slots = np.array(loss_slots(found, length, False))
         out = []
         for n in range(count):
             part = found[n * batch : (n + 1) * batch]
@@ -142,7 +143,7 @@ class Rows:
             for r, e in enumerate(part):
                 tokens[r, : len(e.tokens)] = e.tokens
                 mask[r, e.loss_from : len(e.tokens)] = True
-            out.append({"tokens": tokens, "mask": mask})
+            out.append({"tokens": tokens, "mask": mask, "slots": slots})
         return out
 
     def packed(self, loss_on: str, batch: int, length: int, count: int) -> tuple[Batches, float]:
@@ -162,7 +163,8 @@ class Rows:
             mask = np.zeros(arrays["tokens"].shape, bool)
             row, at = np.nonzero(arrays["loss_mask"])
             mask[row, arrays["loss_pos"][row, at] + 1] = True
-            out.append({k: arrays[k] for k in ("tokens", "segments", "positions")} | {"mask": mask})
+            kept = {k: arrays[k] for k in ("tokens", "segments", "positions")}
+            out.append(kept | {"mask": mask, "slots": np.array(data.shapes[length])})
         return out, len(found) / data.steps_per_epoch
 
 

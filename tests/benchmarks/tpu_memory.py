@@ -20,6 +20,7 @@ config values, and prints for each, a chip:
                 where no argument is
 """
 
+import ast
 import collections
 import itertools
 import math
@@ -118,7 +119,11 @@ def main() -> None:
             config = default()
             settings = dict(zip((k for k, _ in choices), values, strict=True))
             known = flat(to_dict(config))
-            typed = {k: type(known[k])(v) for k, v in settings.items()}
+            # As on a command line: 2, 1e-3, True, ('q',), and text for what is text.
+            typed = {
+                k: v if isinstance(known[k], str) else ast.literal_eval(v)
+                for k, v in settings.items()
+            }
             config.update_from_flattened_dict(typed)
             label = " ".join([f"{rows}x{length}", *(f"{k}={v}" for k, v in settings.items())])
             start = time.monotonic()
