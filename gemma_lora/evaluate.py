@@ -307,6 +307,14 @@ def loaded(
     return base, lora
 
 
+def measured(config: Any, where: str, adapter: pathlib.Path | None) -> dict[str, Any]:
+    """What the numbers of a command are of: its data, weights and adapter."""
+    found = {"data": where, "weights": config.weights, "adapter": None, "adapter_base": None}
+    if adapter:
+        found |= {"adapter": str(adapter), "adapter_base": peft.base_of(adapter)}
+    return found
+
+
 def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> dict[str, Any]:
     """Writes the ledger of the config's data to `out`; returns its metrics and what was left out.
 
@@ -337,10 +345,8 @@ def evaluate(config: Any, out: pathlib.Path, adapter: pathlib.Path | None) -> di
         write_ledger(out / "ledger" / "eval_000000.parquet", [ledger])
         write_examples(out / "ledger" / "examples.parquet", {"eval": data}, tokenizer)
     left_out = {"truncated": len(found.truncated), "dropped": len(found.dropped)}
-    measured = {"data": where, "weights": config.weights, "adapter": None, "adapter_base": None}
-    if adapter:
-        measured |= {"adapter": str(adapter), "adapter_base": peft.base_of(adapter)}
-    return finite(metrics(ledger, config.data.batch_size) | left_out | measured)
+    found = metrics(ledger, config.data.batch_size) | left_out
+    return finite(found | measured(config, where, adapter))
 
 
 def adapter_of(flag: str | None) -> pathlib.Path | None:

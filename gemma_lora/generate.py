@@ -34,13 +34,12 @@ from gemma_lora.data import sources
 from gemma_lora.data.examples import Example, check_vocabulary, control_end, tokenize
 from gemma_lora.decode import Sampling, continuations, require_usable
 from gemma_lora.errors import UserError, run_main
-from gemma_lora.evaluate import adapter_of, loaded, opened
+from gemma_lora.evaluate import adapter_of, loaded, measured, opened
 from gemma_lora.files import path_of, require_writable, write_text
 from gemma_lora.metrics import finite, say
 from gemma_lora.stats import wilson
 from gemma_lora.sums import result
 from gemma_lora.tokenizer import Tokenizer
-from gemma_lora.weights import peft
 from gemma_lora.weights.pretrained import build_model
 
 
@@ -148,11 +147,9 @@ def generate(
     of = dict(track(answers(), "answering", len(prompts), console=console, transient=True))
     rows = [of[i] | compared(e, of[i]["answer"]) for i, e in enumerate(examples)]
     write_text(out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    measured = {"left_out": len(found.examples) - len(examples) + len(found.dropped)}
-    measured |= {"data": where, "weights": config.weights, "adapter": None, "adapter_base": None}
-    if adapter:
-        measured |= {"adapter": str(adapter), "adapter_base": peft.base_of(adapter)}
-    return finite(shares(rows) | measured | decoding.sampling._asdict() | {"new": decoding.new})
+    left_out = {"left_out": len(found.examples) - len(examples) + len(found.dropped)}
+    how = decoding.sampling._asdict() | {"new": decoding.new}
+    return finite(shares(rows) | left_out | measured(config, where, adapter) | how)
 
 
 def main() -> None:

@@ -57,19 +57,18 @@ fits() {
 
 if fits; then
   if [ -z "$missing" ]; then exit 0; fi
-  python=$its_python
+  python=$its_python anew=""
 else
+  anew=1
   python=${PYTHON:-$(find_python)}
   works "$python" || { echo "error: PYTHON=$python is no Python from 3.11 on that can make a venv" >&2; exit 1; }
 fi
 extras=$its_extras${its_extras:+${missing:+,}}$missing
 echo "installing gemma_lora[$extras] into $venv with $("$python" --version)"
-if fits; then
-  echo incomplete > "$venv/.gemma_lora"
-else
+mkdir -p "$venv"
+echo incomplete > "$venv/.gemma_lora"
+if [ -n "$anew" ]; then
   # Of another Python, or one that is gone, links would stay. The mark of whose it is stays, too.
-  mkdir -p "$venv"
-  echo incomplete > "$venv/.gemma_lora"
   find "$venv" -mindepth 1 -maxdepth 1 ! -name .gemma_lora -exec rm -rf {} +
   "$python" -m venv "$venv"
 fi

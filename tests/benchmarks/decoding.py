@@ -89,6 +89,8 @@ def main() -> None:
     if options.worker:
         worker(*options.worker)
         return
+    if options.data is None:
+        parser.error("--data is needed: a file of GSM8K's rows")
     from gemma_lora.weights.pretrained import open_weights
 
     tokenizer = open_weights("demo", "auto").tokenizer()
