@@ -40,7 +40,7 @@ from gemma_lora.model import Transformer
 from gemma_lora.outliers import DIMENSION
 from gemma_lora.reopen import STEPS, Run, load, reopen, restored
 from gemma_lora.sharding import batch_sharding, to_global
-from gemma_lora.step import Batch, cut, forward, joined
+from gemma_lora.step import Batch, cut, head_stats, joined, loss_hidden
 
 NEIGHBOURS = 5
 _CHUNK = 256  # examples compared with all others at a time
@@ -70,19 +70,26 @@ def make_gradient_step(
     which B must be a multiple of: no more gradients than these are held.
     """
 
-    def loss(lora, base, row):
-        one = jax.tree.map(lambda x: x[None], row)
-        mask = one["loss_mask"]
-        nll = forward(model, sweep, base, lora, one, None).nll
-        return jnp.sum(nll * mask) / jnp.maximum(jnp.sum(mask), 1)
+    def loss(own, base, batch):
+        """The sum of the rows' losses, each under the adapters of its own."""
+
+        def hidden(lora, row):
+            return loss_hidden(model, base, lora, jax.tree.map(lambda x: x[None], row), None)[0]
+
+        # The head takes the rows together: how much it multiplies out depends on what they hold.
+        nll = head_stats(model, sweep, base, jax.vmap(hidden)(own, batch), batch).nll
+        tokens = jnp.maximum(jnp.sum(batch["loss_mask"], 1), 1)
+        return jnp.sum(nll.sum(1) / tokens)
 
     def step(lora, base, batch):
-        def one(row):
-            grads = jax.grad(loss)(lora, base, row)
-            return optax.tree.norm(grads), project(grads, m, seed)
+        own = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape)), lora)
+
+        def some(batch):
+            grads = jax.grad(loss)(own, base, batch)
+            return jax.vmap(lambda x: (optax.tree.norm(x), project(x, m, seed)))(grads)
 
         groups = cut(batch, len(batch["loss_mask"]) // rows)
-        return joined(jax.lax.map(jax.vmap(one), groups))
+        return joined(jax.lax.map(some, groups))
 
     return step
 

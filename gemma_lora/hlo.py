@@ -81,7 +81,7 @@ Computations = dict[str, dict[str, Op]]
 @dataclasses.dataclass
 class Program:
     computations: Computations
-    runs: dict[str, float]  # computation -> how often it runs; of a conditional's branches, equally
+    runs: dict[str, float]  # computation -> how often it runs
     entry: str  # the computation that is run
     unknown: int = 0  # loops whose length the text does not say, counted once
 
@@ -137,8 +137,11 @@ def _visit(program: Program, name: str, times: float) -> None:
         branches = re.findall(r"branch_computations=\{([^}]*)\}", op.text)
         branches += re.findall(r"((?:true|false)_computation=%[\w.\-]+)", op.text)
         named = [x for found in branches for x in re.findall(r"%([\w.\-]+)", found)]
-        for branch in named:
-            _visit(program, branch, times / len(named))
+        # Of two branches each half of the times. More are the head's, of ever more tokens: as if
+        # all carried loss.
+        chosen = named if len(named) == 2 else named[-1:]
+        for branch in chosen:
+            _visit(program, branch, times / len(chosen))
         for how in ("calls", "body", "to_apply") if op.kind in _CALLERS else ():
             if other := op.called(how):
                 _visit(program, other, inner)

@@ -2,7 +2,9 @@
 
 The logits of a batch are never held: the head runs over vocabulary chunks with an online
 logsumexp, as flash attention does with K = V = the embedding table. When a gradient is wanted, the
-same pass also accumulates the expected embedding, so that the backward is one scaling. On a mesh
+same pass also accumulates the expected embedding, so that the backward is one scaling. Shapes are
+fixed, the work is not: the positions that carry loss come first, and of the others no more are
+multiplied out than fill the last _STEP. On a mesh
 each device sweeps its own words for its own tokens; what then crosses devices are a few numbers a
 token and the sum of the expected embeddings, never a logit.
 
@@ -22,7 +24,7 @@ from gemma_lora.sharding import spec
 
 
 class TokenStats(NamedTuple):
-    """Per predicted token, [B,C] float32 each; garbage where the position carries no loss."""
+    """Per predicted token, [B,C] float32 each; 0 where the position carries no loss."""
 
     nll: jax.Array  # -log p[target], after the final soft-cap
     margin: jax.Array  # target logit - largest other logit; > 0: the greedy token is right
@@ -55,47 +57,49 @@ class _Running(NamedTuple):
     total: jax.Array  # sum exp(l - top)
     total2: jax.Array  # sum exp(2 (l - top))
     other: jax.Array  # largest logit so far
-    pull: jax.Array  # sum exp(l - top) * slope * E, [N,D], or [] when no gradient is wanted
+    pull: jax.Array | None  # sum exp(l - top) * slope * E; None: no gradient is wanted
 
 
 def token_stats(
     hidden: jax.Array,
     targets: jax.Array,
+    mask: jax.Array,
     table: jax.Array,
     softcap: float,
     sweep: Sweep,
     mesh: Mesh | None = None,
 ) -> TokenStats:
-    """hidden [B,C,D], targets [B,C] int32, table [V,D] (frozen) -> TokenStats [B,C].
+    """hidden [B,C,D], targets and mask [B,C], table [V,D] (frozen) -> TokenStats [B,C].
 
+    mask is other than 0 where a position carries loss; what it takes grows with how many do.
     Products take operands in hidden's dtype and accumulate in float32. `softcap` is the model's
     final soft-cap (0: none). Only `nll` has a gradient, with respect to `hidden` alone. With
     sweep.floor > 0 that gradient is off by at most
     sum p_v |E_v - mean E| over the words v of the chunks that were not multiplied out, each of
     probability p_v < floor; the values themselves are exact either way.
     """
-    nll, rest = _stats(softcap, sweep, mesh, hidden, targets, table)
+    nll, rest = _stats(softcap, sweep, mesh, hidden, targets, mask, table)
     return TokenStats(nll, *jax.lax.stop_gradient(rest))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _stats(softcap, sweep, mesh, hidden, targets, table):
-    return _sharded(softcap, sweep, mesh, False, hidden, targets, table)[0]
+def _stats(softcap, sweep, mesh, *arrays):
+    return _sharded(softcap, sweep, mesh, False, *arrays)[0]
 
 
-def _stats_fwd(softcap, sweep, mesh, hidden, targets, table):
-    return _sharded(softcap, sweep, mesh, True, hidden, targets, table)
+def _stats_fwd(softcap, sweep, mesh, *arrays):
+    return _sharded(softcap, sweep, mesh, True, *arrays)
 
 
 def _stats_bwd(softcap, sweep, mesh, dx, cotangents):
     d_nll, _ = cotangents
-    return (d_nll[..., None] * dx.astype(jnp.float32)).astype(dx.dtype), None, None
+    return (d_nll[..., None] * dx.astype(jnp.float32)).astype(dx.dtype), None, None, None
 
 
 _stats.defvjp(_stats_fwd, _stats_bwd)
 
 
-def _sharded(softcap, sweep, mesh: Mesh | None, want_grad: bool, hidden, targets, table):
+def _sharded(softcap, sweep, mesh: Mesh | None, want_grad: bool, hidden, targets, mask, table):
     """((nll, (margin, other_p2)) [B,C], d nll / d hidden [B,C,D] or None), on the mesh."""
     rows, slots, embed = hidden.shape
     if mesh is None or mesh.size == 1:
@@ -111,15 +115,16 @@ def _sharded(softcap, sweep, mesh: Mesh | None, want_grad: bool, hidden, targets
         run = jax.shard_map(
             functools.partial(_sweep, softcap, sweep, want_grad, *(_axes(part) for part in own)),
             mesh=mesh,
-            in_specs=(by_token, by_token, own),
+            in_specs=(by_token, by_token, by_token, own),
             out_specs=by_token,
             # The merged numbers are equal on all devices of 'tensor', which it cannot see.
             check_vma=False,
         )
-    # Rows that the devices cannot share evenly are filled up: the fillers' numbers are dropped.
+    # Rows that the devices cannot share evenly are filled up: the fillers carry no loss.
     more = -rows % ways
     hidden = jnp.pad(hidden, ((0, more), (0, 0), (0, 0))).reshape(-1, embed)
-    out = run(hidden, jnp.pad(targets, ((0, more), (0, 0))).reshape(-1), table)
+    targets, mask = (jnp.pad(x, ((0, more), (0, 0))).reshape(-1) for x in (targets, mask != 0))
+    out = run(hidden, targets, mask, table)
     out = jax.tree.map(lambda x: x.reshape(-1, slots, *x.shape[1:])[:rows], out)
     return out if want_grad else (out[0], None)
 
@@ -128,7 +133,10 @@ def _axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else tuple(part or ())
 
 
-def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, table):
+_BLOCK, _STEP = 1024, 128  # tokens of a product: at most, and what their number is a multiple of
+
+
+def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, mask, table):
     """One device's tokens [N,D], [N] and its part of the table, split over the named mesh axes.
 
     Returns ((nll, (margin, other_p2)) [N], d nll / d hidden [N,D] or ()).
@@ -139,6 +147,13 @@ def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, ta
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     low = jnp.finfo(jnp.float32).min
+    # The tokens with loss first, in blocks of one size, which has few multiples of _STEP below it.
+    n = len(hidden)
+    blocks = -(-n // _BLOCK)
+    block = n if n <= _STEP else -(-n // (blocks * _STEP)) * _STEP
+    order = jnp.nonzero(mask, size=blocks * block, fill_value=n)[0]
+    loaded = jnp.clip(jnp.sum(mask) - block * jnp.arange(blocks), 0, block)  # tokens of each block
+    hidden, targets = (jnp.take(x, order, 0, mode="fill", fill_value=0) for x in (hidden, targets))
     # From here on a target of another device's words is a number that no word here has.
     targets = targets - (jax.lax.axis_index(v_axes) * vocab if v_axes else 0)
 
@@ -170,12 +185,8 @@ def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, ta
     products = hidden.astype(jnp.float32) * own.astype(jnp.float32)
     target, at_target = capped(jnp.sum(products, -1))
 
-    def step(run: _Running, i: jax.Array):
-        # The last chunk is moved back to end at V; the entries it shares with the one before
-        # are masked, so any vocabulary size takes any chunk.
-        first = i * chunk
-        start = jnp.minimum(first, vocab - chunk)
-        rows = whole(jax.lax.dynamic_slice_in_dim(table, start, chunk))
+    def advance(run: _Running, hidden, targets, target, rows, first, start) -> _Running:
+        """Some tokens past the chunk of words `rows`, from `start`, of which first.. are new."""
         ids = start + jnp.arange(chunk)
         z, slope = capped(dot("ND,VD->NV", hidden, rows))
         mask = ids == targets[:, None]
@@ -188,33 +199,65 @@ def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, ta
             run.total * scale + jnp.sum(p, -1),
             run.total2 * jnp.square(scale) + jnp.sum(jnp.square(p), -1),
             jnp.maximum(run.other, most),
-            run.pull * scale[:, None] if want_grad else run.pull,
+            run.pull * scale[:, None] if want_grad else None,
         )
         if not want_grad:
-            return new, None
+            return new
         if not sweep.floor:
-            pull = new.pull + dot("NV,VD->ND", (p * slope).astype(dtype), rows)
-            return new._replace(pull=pull), None
+            return new._replace(pull=new.pull + dot("NV,VD->ND", (p * slope).astype(dtype), rows))
         # The logsumexp is no smaller than that of the words so far and the target.
         bound = top + jnp.log(new.total + jnp.exp(target - top))
         active = most > bound + math.log(sweep.floor)
         mass = jnp.where(active, 0, jnp.sum(p * slope, -1))
         pull = new.pull + mass[:, None] * jnp.mean(rows.astype(jnp.float32), 0)
-        return new._replace(pull=_add_active(active, p, slope, rows, pull, dot)), None
+        return new._replace(pull=_add_active(active, p, slope, rows, pull, dot))
+
+    def step(run: _Running, i: jax.Array):
+        # The last chunk is moved back to end at V; the entries it shares with the one before
+        # are masked, so any vocabulary size takes any chunk.
+        first = i * chunk
+        start = jnp.minimum(first, vocab - chunk)
+        rows = whole(jax.lax.dynamic_slice_in_dim(table, start, chunk))
+
+        def some(size: int, run, *tokens):
+            part = jax.tree.map(lambda x: x[:size], (run, *tokens))
+            new = advance(*part, rows, first, start)
+            return jax.tree.map(lambda x, y: x.at[:size].set(y), run, new)
+
+        def one_block(b: jax.Array, run: _Running) -> _Running:
+            at = b * block
+            here = [jax.lax.dynamic_slice_in_dim(x, at, block) for x in (hidden, targets, target)]
+            old = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, at, block), run)
+            if block <= _STEP:
+                new = some(block, old, *here)
+            else:
+                sizes = range(_STEP, block + 1, _STEP)
+                branches = [lambda run, *_: run, *(functools.partial(some, n) for n in sizes)]
+                new = jax.lax.switch(-(-loaded[b] // _STEP), branches, old, *here)
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
+            return jax.tree.map(put, run, new)
+
+        return jax.lax.fori_loop(0, blocks, one_block, run), None
 
     zero = jnp.zeros(targets.shape, jnp.float32)
-    pull = jnp.zeros(hidden.shape if want_grad else (), jnp.float32)
+    pull = jnp.zeros(hidden.shape, jnp.float32) if want_grad else None
     run = _Running(target, zero, zero, zero + low, pull)
     run, _ = jax.lax.scan(step, run, jnp.arange(-(-vocab // chunk)))
     run = _merge(run, v_axes) if v_axes else run
     total = run.total + jnp.exp(target - run.top)
     nll = run.top - target + jnp.log(total)
-    out = nll, (target - run.other, run.total2 / jnp.square(total))
+    place = jnp.cumsum(mask) - 1  # in `order`, of each token with loss
+
+    def back(x: jax.Array) -> jax.Array:
+        """Of the tokens in their own order, 0 for those without loss."""
+        return jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), jnp.take(x, place, axis=0), 0)
+
+    out = jax.tree.map(back, (nll, (target - run.other, run.total2 / jnp.square(total))))
     if not want_grad:
         return out, ()
     # d nll / d target logit = p[target] - 1 = -(sum of the others' p), without the cancellation.
     push = (run.total * at_target)[:, None] * own.astype(jnp.float32)
-    return out, ((run.pull - push) / total[:, None]).astype(dtype)
+    return out, back(((run.pull - push) / total[:, None]).astype(dtype))
 
 
 _GROUP = 128  # tokens a product of _add_active takes at a time
@@ -245,5 +288,5 @@ def _merge(run: _Running, axes: tuple[str, ...]) -> _Running:
         add(run.total * scale),
         add(run.total2 * jnp.square(scale)),
         jax.lax.pmax(run.other, axes),
-        add(run.pull * scale[:, None]) if run.pull.ndim else run.pull,
+        None if run.pull is None else add(run.pull * scale[:, None]),
     )

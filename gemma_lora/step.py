@@ -72,10 +72,7 @@ def init_state(
 def loss_hidden(
     model: Transformer, base: Any, lora: Any, batch: Batch, rng: jax.Array | None
 ) -> jax.Array:
-    """Final hidden states [B,C,D] at the batch's loss positions.
-
-    The head runs only where there is loss: C of T positions. Dropout is on when an rng is given.
-    """
+    """Final hidden states [B,C,D] at the batch's loss positions, C of T. Dropout: given an rng."""
     hidden = model.apply(
         {"params": base, "lora": lora},
         batch["tokens"],
@@ -91,8 +88,22 @@ def forward(
 ) -> TokenStats:
     """Statistics [B,C] of the batch's loss positions."""
     hidden = loss_hidden(model, base, lora, batch, rng)
-    table = head_weight(base, model.arch)
-    return token_stats(hidden, batch["targets"], table, model.arch.final_softcap, sweep, model.mesh)
+    return head_stats(model, sweep, base, hidden, batch)
+
+
+def head_stats(
+    model: Transformer, sweep: Sweep, base: Any, hidden: jax.Array, batch: Batch
+) -> TokenStats:
+    """Statistics [B,C] from the final hidden states [B,C,D] of a batch's loss positions."""
+    return token_stats(
+        hidden,
+        batch["targets"],
+        batch["loss_mask"],
+        head_weight(base, model.arch),
+        model.arch.final_softcap,
+        sweep,
+        model.mesh,
+    )
 
 
 def cut(batch: Any, n: int) -> Any:
@@ -165,13 +176,10 @@ def make_eval_step(
 
     def measured(lora, base, batch):
         hidden = loss_hidden(model, base, lora, batch, None)
-        table = head_weight(base, model.arch)
-        stats = token_stats(
-            hidden, batch["targets"], table, model.arch.final_softcap, sweep, model.mesh
-        )
+        stats = head_stats(model, sweep, base, hidden, batch)
         out = {k: getattr(stats, k) for k in ("nll", "correct", "margin", "el2n")}
         if label_tokens:
-            words = jnp.take(table, jnp.asarray(label_tokens), axis=0)
+            words = jnp.take(head_weight(base, model.arch), jnp.asarray(label_tokens), axis=0)
             out["label_logits"] = logits(hidden, words, model.arch, model.dtype)
         return out
 

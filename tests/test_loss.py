@@ -43,11 +43,11 @@ def test_chunked_equals_whole(vocab, chunk, softcap):
         "el2n": np.sqrt(((p - onehot) ** 2).sum(-1)),
         "correct": z.argmax(-1) == y,
     }
-    stats = token_stats(hidden, targets, head, softcap, Sweep(chunk))
+    stats = token_stats(hidden, targets, jnp.ones_like(targets), head, softcap, Sweep(chunk))
     for name, value in want.items():
         assert np.allclose(getattr(stats, name), value, atol=2e-5), name
     grad = jax.grad(
-        lambda x: jnp.sum(token_stats(x, targets, head, softcap, Sweep(chunk)).nll * weights)
+        lambda x: jnp.sum(token_stats(x, targets, jnp.ones_like(targets), head, softcap, Sweep(chunk)).nll * weights)
     )(hidden)
     exact = ((p - onehot) * slope * w[..., None]) @ e
     assert np.allclose(grad, exact, atol=2e-5)
@@ -61,7 +61,7 @@ def test_words_over_the_axes_of_the_rows_are_refused(monkeypatch):
     mesh = jax.sharding.AbstractMesh((1, 2, 1), AXES)
     hidden, targets, table = jnp.zeros((2, 3, 4)), jnp.zeros((2, 3), int), jnp.zeros((8, 4))
     with pytest.raises(UserError, match="splits V over fsdp"):
-        token_stats(hidden, targets, table, 0.0, Sweep(8), mesh)
+        token_stats(hidden, targets, jnp.ones_like(targets), table, 0.0, Sweep(8), mesh)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
@@ -79,7 +79,7 @@ def test_floor_is_within_its_bound_and_leaves_values_alone(softcap):
 
     def run(sweep):
         def nll(x):
-            stats = token_stats(x, targets, table, softcap, sweep)
+            stats = token_stats(x, targets, jnp.ones_like(targets), table, softcap, sweep)
             return stats.nll.sum(), stats
 
         (_, stats), grad = jax.value_and_grad(nll, has_aux=True)(hidden)
@@ -129,7 +129,7 @@ def test_bfloat16_operands_are_summed_in_float32(softcap):
     slope *= 1 - np.square(z / softcap) if softcap else 1
 
     def total(hidden):
-        got = token_stats(hidden, jnp.asarray(targets), table, softcap, Sweep(64)).nll
+        got = token_stats(hidden, jnp.asarray(targets), jnp.ones(targets.shape), table, softcap, Sweep(64)).nll
         return got.sum(), got
 
     (_, got), grad = jax.value_and_grad(total, has_aux=True)(hidden)
@@ -143,7 +143,7 @@ def test_only_nll_has_a_gradient():
     targets = jnp.zeros((1, 2), jnp.int32)
     for name in ("margin", "other_p2"):
         grad = jax.grad(
-            lambda x, n=name: getattr(token_stats(x, targets, head, 0, Sweep(4)), n).sum()
+            lambda x, n=name: getattr(token_stats(x, targets, jnp.ones_like(targets), head, 0, Sweep(4)), n).sum()
         )
         assert not np.any(grad(hidden))
 
