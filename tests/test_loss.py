@@ -1,5 +1,7 @@
 """token_stats against the whole softmax, and what the mask and the padding may not change."""
 
+import time
+
 import common
 import jax
 import jax.numpy as jnp
@@ -43,11 +45,12 @@ def test_chunked_equals_whole(vocab, chunk, softcap):
         "el2n": np.sqrt(((p - onehot) ** 2).sum(-1)),
         "correct": z.argmax(-1) == y,
     }
-    stats = token_stats(hidden, targets, jnp.ones_like(targets), head, softcap, Sweep(chunk))
+    all_of, sweep = jnp.ones_like(targets), Sweep(chunk)
+    stats = token_stats(hidden, targets, all_of, head, softcap, sweep)
     for name, value in want.items():
         assert np.allclose(getattr(stats, name), value, atol=2e-5), name
     grad = jax.grad(
-        lambda x: jnp.sum(token_stats(x, targets, jnp.ones_like(targets), head, softcap, Sweep(chunk)).nll * weights)
+        lambda x: jnp.sum(token_stats(x, targets, all_of, head, softcap, sweep).nll * weights)
     )(hidden)
     exact = ((p - onehot) * slope * w[..., None]) @ e
     assert np.allclose(grad, exact, atol=2e-5)
@@ -129,7 +132,8 @@ def test_bfloat16_operands_are_summed_in_float32(softcap):
     slope *= 1 - np.square(z / softcap) if softcap else 1
 
     def total(hidden):
-        got = token_stats(hidden, jnp.asarray(targets), jnp.ones(targets.shape), table, softcap, Sweep(64)).nll
+        mask = jnp.ones(targets.shape)
+        got = token_stats(hidden, jnp.asarray(targets), mask, table, softcap, Sweep(64)).nll
         return got.sum(), got
 
     (_, got), grad = jax.value_and_grad(total, has_aux=True)(hidden)
@@ -143,9 +147,55 @@ def test_only_nll_has_a_gradient():
     targets = jnp.zeros((1, 2), jnp.int32)
     for name in ("margin", "other_p2"):
         grad = jax.grad(
-            lambda x, n=name: getattr(token_stats(x, targets, jnp.ones_like(targets), head, 0, Sweep(4)), n).sum()
+            lambda x, n=name: getattr(
+                token_stats(x, targets, targets + 1, head, 0, Sweep(4)), n
+            ).sum()
         )
         assert not np.any(grad(hidden))
+
+
+@pytest.mark.parametrize("floor", [0.0, 3e-3])
+def test_positions_without_loss_do_not_matter(floor):
+    """Of 1,500 in two blocks, wherever they lie: what stands there, NaN even, leaves 0 and no trace
+    in the others, whose numbers are those they have when every position carries loss."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    hidden = 3 * jax.random.normal(keys[0], (3, 500, 8))
+    table = jax.random.normal(keys[1], (300, 8))
+    targets = jax.random.randint(keys[2], (3, 500), 0, 300)
+
+    def nll(x, mask):
+        stats = token_stats(x, targets, mask, table, 20.0, Sweep(64, floor))
+        return stats.nll.sum(), stats
+
+    run = jax.jit(jax.value_and_grad(nll, has_aux=True))
+    (_, want), grad = run(hidden, np.ones((3, 500), bool))
+    for carry in (0, 1, 127, 128, 129, 767, 768, 769, 1499):
+        mask = np.zeros(1500, bool)
+        mask[np.random.default_rng(carry).permutation(1500)[:carry]] = True
+        mask = mask.reshape(3, 500)
+        (_, got), own = run(jnp.where(mask[..., None], hidden, jnp.nan), mask)
+        for all_of, some in zip((*want, grad), (*got, own), strict=True):
+            assert np.allclose(some[mask], all_of[mask], rtol=1e-5, atol=1e-6)
+            assert not np.any(some[~mask])
+        assert not np.any(got.correct[~mask]) and not np.any(got.el2n[~mask])
+
+
+def test_positions_without_loss_take_little_time():
+    keys = jax.random.split(jax.random.key(1), 2)
+    hidden = jax.random.normal(keys[0], (4, 512, 256))
+    table = jax.random.normal(keys[1], (20_000, 256))
+    targets = jnp.zeros((4, 512), jnp.int32)
+    run = jax.jit(lambda mask: token_stats(hidden, targets, mask, table, 0.0, Sweep()).nll.sum())
+    masks = [jnp.arange(512) < n for n in (512, 32)]
+    masks = [jnp.broadcast_to(mask, (4, 512)) for mask in masks]
+    seconds = np.zeros((5, 2))
+    for turn in seconds:
+        for i, mask in enumerate(masks):
+            began = time.perf_counter()
+            run(mask).block_until_ready()
+            turn[i] = time.perf_counter() - began
+    whole, few = np.median(seconds[1:], 0)
+    assert few < 0.4 * whole  # 128 of 2,048 positions
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2"])

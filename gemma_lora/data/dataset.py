@@ -1,6 +1,6 @@
 """Examples -> batches of few fixed shapes; `batch_at(step)` is pure.
 
-Letters: B rows of a batch, T tokens of a row, C positions of a row that carry loss.
+Letters: B rows of a batch, T tokens of a row, C places of a row for positions that carry loss.
 """
 
 import bisect
@@ -83,7 +83,7 @@ class Dataset:
         order = [int(self._order[epoch * n + i]) for i in range(n)]
         if self._pack:
             size = self._sizes[-1]
-            rows = pack(self._lengths, self._loads, order, size, self.shapes[size])
+            rows = pack(self._lengths, order, size)
             # Best-fit leaves long rows first; the order of rows must not follow their length.
             return self._mixed(rows, epoch) if self._shuffle else rows
         rows = [[i] for i in order]
@@ -185,24 +185,6 @@ def shapes(examples: list[Example], data: Any) -> dict[int, int]:
 
 
 def loss_slots(examples: list[Example], seq_len: int, packed: bool) -> int:
-    """C: a row's capacity of loss positions, a multiple of 8.
-
-    Unpacked, the largest example's need. Packed, the least that costs at most one row in 200, so
-    that neither the model runs on padding nor the head on positions that carry no loss.
-    """
-    most = -(-seq_len // 8)  # in eights, like all that follows
-    need = min(-(-max(e.load for e in examples) // 8), most)
-    if not packed:
-        return 8 * need
-    some = examples[:: 1 + len(examples) // _SAMPLE]
-    lengths, loads = [len(e.tokens) for e in some], [e.load for e in some]
-    enough = 1.005 * len(pack(lengths, loads, range(len(some)), seq_len, seq_len))
-
-    def fits(slots: int) -> bool:
-        return len(pack(lengths, loads, range(len(some)), seq_len, 8 * slots)) <= enough
-
-    need = max(need, min(int(sum(loads) / enough) // 8, most))  # so many fill every row
-    return 8 * (need + bisect.bisect_left(range(need, most), True, key=fits))
-
-
-_SAMPLE = 4096  # examples that tell how many loss positions a packed row needs
+    """C, a multiple of 8: the largest example's need, or all positions of a packed row."""
+    need = seq_len if packed else max(e.load for e in examples)
+    return 8 * -(-need // 8)
