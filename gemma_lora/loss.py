@@ -3,10 +3,9 @@
 The logits of a batch are never held: the head runs over vocabulary chunks with an online
 logsumexp, as flash attention does with K = V = the embedding table. When a gradient is wanted, the
 same pass also accumulates the expected embedding, so that the backward is one scaling. Shapes are
-fixed, the work is not: the positions that carry loss come first, and of the others no more are
-multiplied out than fill the last _STEP. On a mesh
-each device sweeps its own words for its own tokens; what then crosses devices are a few numbers a
-token and the sum of the expected embeddings, never a logit.
+fixed, the work is not: of several programs the least runs that has room for the positions that
+carry loss. On a mesh each device sweeps its own words for its own tokens; what then crosses devices
+are a few numbers a token and the sum of the expected embeddings, never a logit.
 
 Letters: B rows, C positions of a row that carry loss, D embed, V vocab, N tokens = B x C.
 """
@@ -57,7 +56,7 @@ class _Running(NamedTuple):
     total: jax.Array  # sum exp(l - top)
     total2: jax.Array  # sum exp(2 (l - top))
     other: jax.Array  # largest logit so far
-    pull: jax.Array | None  # sum exp(l - top) * slope * E; None: no gradient is wanted
+    pull: jax.Array  # sum exp(l - top) * slope * E, [N,D], or [] when no gradient is wanted
 
 
 def token_stats(
@@ -71,7 +70,7 @@ def token_stats(
 ) -> TokenStats:
     """hidden [B,C,D], targets and mask [B,C], table [V,D] (frozen) -> TokenStats [B,C].
 
-    mask is other than 0 where a position carries loss; what it takes grows with how many do.
+    mask is other than 0 where a position carries loss: the fewer do, the less there is to do.
     Products take operands in hidden's dtype and accumulate in float32. `softcap` is the model's
     final soft-cap (0: none). Only `nll` has a gradient, with respect to `hidden` alone. With
     sweep.floor > 0 that gradient is off by at most
@@ -103,7 +102,7 @@ def _sharded(softcap, sweep, mesh: Mesh | None, want_grad: bool, hidden, targets
     """((nll, (margin, other_p2)) [B,C], d nll / d hidden [B,C,D] or None), on the mesh."""
     rows, slots, embed = hidden.shape
     if mesh is None or mesh.size == 1:
-        run, ways = functools.partial(_sweep, softcap, sweep, want_grad, (), ()), 1
+        run, ways = functools.partial(_loaded, softcap, sweep, want_grad, (), ()), 1
     else:
         own = spec(("V", "D"), table.shape, mesh)
         if {"data", "fsdp"} & set(_axes(own[0])):
@@ -113,7 +112,7 @@ def _sharded(softcap, sweep, mesh: Mesh | None, want_grad: bool, hidden, targets
             )
         by_token, ways = PartitionSpec(("data", "fsdp")), mesh.shape["data"] * mesh.shape["fsdp"]
         run = jax.shard_map(
-            functools.partial(_sweep, softcap, sweep, want_grad, *(_axes(part) for part in own)),
+            functools.partial(_loaded, softcap, sweep, want_grad, *(_axes(part) for part in own)),
             mesh=mesh,
             in_specs=(by_token, by_token, by_token, own),
             out_specs=by_token,
@@ -133,10 +132,35 @@ def _axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else tuple(part or ())
 
 
-_BLOCK, _STEP = 1024, 128  # tokens of a product: at most, and what their number is a multiple of
+_SIZES, _FEWEST = 8, 256  # how many programs, where a device has at least so many positions
 
 
-def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, mask, table):
+def _loaded(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, mask, table):
+    """_sweep of the tokens where mask [N] is True, by the least program that has room for them; 0
+    for the others. A switch around the sweep: one inside it would copy its sums at every chunk."""
+    n = len(mask)
+    step = n if n < _FEWEST else 16 * -(-n // (16 * _SIZES))
+    order = jnp.nonzero(mask, size=n, fill_value=n)[0]
+    tokens = [jnp.take(x, order, axis=0, mode="fill", fill_value=0) for x in (hidden, targets)]
+    run = functools.partial(_sweep, softcap, sweep, want_grad, v_axes, d_axes)
+
+    def some(size: int, hidden, targets, table):
+        out = run(hidden[:size], targets[:size], table)
+        return jax.tree.map(lambda x: jnp.pad(x, [(0, n - size)] + [(0, 0)] * (x.ndim - 1)), out)
+
+    # Devices that gather each other's part of the table run the same program.
+    loaded = jax.lax.pmax(jnp.sum(mask), d_axes) if d_axes else jnp.sum(mask)
+    branches = [functools.partial(some, min(end, n)) for end in range(step, n + step, step)]
+    out = jax.lax.switch((loaded - 1) // step, branches, *tokens, table)
+    place = jnp.cumsum(mask) - 1  # in `order`, of each token with loss
+
+    def back(x: jax.Array) -> jax.Array:
+        return jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), jnp.take(x, place, axis=0), 0)
+
+    return jax.tree.map(back, out)
+
+
+def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, table):
     """One device's tokens [N,D], [N] and its part of the table, split over the named mesh axes.
 
     Returns ((nll, (margin, other_p2)) [N], d nll / d hidden [N,D] or ()).
@@ -147,13 +171,6 @@ def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, ma
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     low = jnp.finfo(jnp.float32).min
-    # The tokens with loss first, in blocks of one size, which has few multiples of _STEP below it.
-    n = len(hidden)
-    blocks = -(-n // _BLOCK)
-    block = n if n <= _STEP else -(-n // (blocks * _STEP)) * _STEP
-    order = jnp.nonzero(mask, size=blocks * block, fill_value=n)[0]
-    loaded = jnp.clip(jnp.sum(mask) - block * jnp.arange(blocks), 0, block)  # tokens of each block
-    hidden, targets = (jnp.take(x, order, 0, mode="fill", fill_value=0) for x in (hidden, targets))
     # From here on a target of another device's words is a number that no word here has.
     targets = targets - (jax.lax.axis_index(v_axes) * vocab if v_axes else 0)
 
@@ -185,8 +202,12 @@ def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, ma
     products = hidden.astype(jnp.float32) * own.astype(jnp.float32)
     target, at_target = capped(jnp.sum(products, -1))
 
-    def advance(run: _Running, hidden, targets, target, rows, first, start) -> _Running:
-        """Some tokens past the chunk of words `rows`, from `start`, of which first.. are new."""
+    def step(run: _Running, i: jax.Array):
+        # The last chunk is moved back to end at V; the entries it shares with the one before
+        # are masked, so any vocabulary size takes any chunk.
+        first = i * chunk
+        start = jnp.minimum(first, vocab - chunk)
+        rows = whole(jax.lax.dynamic_slice_in_dim(table, start, chunk))
         ids = start + jnp.arange(chunk)
         z, slope = capped(dot("ND,VD->NV", hidden, rows))
         mask = ids == targets[:, None]
@@ -199,65 +220,33 @@ def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, ma
             run.total * scale + jnp.sum(p, -1),
             run.total2 * jnp.square(scale) + jnp.sum(jnp.square(p), -1),
             jnp.maximum(run.other, most),
-            run.pull * scale[:, None] if want_grad else None,
+            run.pull * scale[:, None] if want_grad else run.pull,
         )
         if not want_grad:
-            return new
+            return new, None
         if not sweep.floor:
-            return new._replace(pull=new.pull + dot("NV,VD->ND", (p * slope).astype(dtype), rows))
+            pull = new.pull + dot("NV,VD->ND", (p * slope).astype(dtype), rows)
+            return new._replace(pull=pull), None
         # The logsumexp is no smaller than that of the words so far and the target.
         bound = top + jnp.log(new.total + jnp.exp(target - top))
         active = most > bound + math.log(sweep.floor)
         mass = jnp.where(active, 0, jnp.sum(p * slope, -1))
         pull = new.pull + mass[:, None] * jnp.mean(rows.astype(jnp.float32), 0)
-        return new._replace(pull=_add_active(active, p, slope, rows, pull, dot))
-
-    def step(run: _Running, i: jax.Array):
-        # The last chunk is moved back to end at V; the entries it shares with the one before
-        # are masked, so any vocabulary size takes any chunk.
-        first = i * chunk
-        start = jnp.minimum(first, vocab - chunk)
-        rows = whole(jax.lax.dynamic_slice_in_dim(table, start, chunk))
-
-        def some(size: int, run, *tokens):
-            part = jax.tree.map(lambda x: x[:size], (run, *tokens))
-            new = advance(*part, rows, first, start)
-            return jax.tree.map(lambda x, y: x.at[:size].set(y), run, new)
-
-        def one_block(b: jax.Array, run: _Running) -> _Running:
-            at = b * block
-            here = [jax.lax.dynamic_slice_in_dim(x, at, block) for x in (hidden, targets, target)]
-            old = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, at, block), run)
-            if block <= _STEP:
-                new = some(block, old, *here)
-            else:
-                sizes = range(_STEP, block + 1, _STEP)
-                branches = [lambda run, *_: run, *(functools.partial(some, n) for n in sizes)]
-                new = jax.lax.switch(-(-loaded[b] // _STEP), branches, old, *here)
-            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
-            return jax.tree.map(put, run, new)
-
-        return jax.lax.fori_loop(0, blocks, one_block, run), None
+        return new._replace(pull=_add_active(active, p, slope, rows, pull, dot)), None
 
     zero = jnp.zeros(targets.shape, jnp.float32)
-    pull = jnp.zeros(hidden.shape, jnp.float32) if want_grad else None
+    pull = jnp.zeros(hidden.shape if want_grad else (), jnp.float32)
     run = _Running(target, zero, zero, zero + low, pull)
     run, _ = jax.lax.scan(step, run, jnp.arange(-(-vocab // chunk)))
     run = _merge(run, v_axes) if v_axes else run
     total = run.total + jnp.exp(target - run.top)
     nll = run.top - target + jnp.log(total)
-    place = jnp.cumsum(mask) - 1  # in `order`, of each token with loss
-
-    def back(x: jax.Array) -> jax.Array:
-        """Of the tokens in their own order, 0 for those without loss."""
-        return jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), jnp.take(x, place, axis=0), 0)
-
-    out = jax.tree.map(back, (nll, (target - run.other, run.total2 / jnp.square(total))))
+    out = nll, (target - run.other, run.total2 / jnp.square(total))
     if not want_grad:
         return out, ()
     # d nll / d target logit = p[target] - 1 = -(sum of the others' p), without the cancellation.
     push = (run.total * at_target)[:, None] * own.astype(jnp.float32)
-    return out, back(((run.pull - push) / total[:, None]).astype(dtype))
+    return out, ((run.pull - push) / total[:, None]).astype(dtype)
 
 
 _GROUP = 128  # tokens a product of _add_active takes at a time
@@ -288,5 +277,5 @@ def _merge(run: _Running, axes: tuple[str, ...]) -> _Running:
         add(run.total * scale),
         add(run.total2 * jnp.square(scale)),
         jax.lax.pmax(run.other, axes),
-        None if run.pull is None else add(run.pull * scale[:, None]),
+        add(run.pull * scale[:, None]) if run.pull.ndim else run.pull,
     )

@@ -156,7 +156,7 @@ def test_only_nll_has_a_gradient():
 
 @pytest.mark.parametrize("floor", [0.0, 3e-3])
 def test_positions_without_loss_do_not_matter(floor):
-    """Of 1,500 in two blocks, wherever they lie: what stands there, NaN even, leaves 0 and no trace
+    """Of 1,500, wherever they lie: what stands there, NaN even, leaves 0 and no trace
     in the others, whose numbers are those they have when every position carries loss."""
     keys = jax.random.split(jax.random.key(1), 3)
     hidden = 3 * jax.random.normal(keys[0], (3, 500, 8))
@@ -169,7 +169,7 @@ def test_positions_without_loss_do_not_matter(floor):
 
     run = jax.jit(jax.value_and_grad(nll, has_aux=True))
     (_, want), grad = run(hidden, np.ones((3, 500), bool))
-    for carry in (0, 1, 127, 128, 129, 767, 768, 769, 1499):
+    for carry in (0, 1, 191, 192, 193, 1344, 1345, 1499):
         mask = np.zeros(1500, bool)
         mask[np.random.default_rng(carry).permutation(1500)[:carry]] = True
         mask = mask.reshape(3, 500)
@@ -195,7 +195,7 @@ def test_positions_without_loss_take_little_time():
             run(mask).block_until_ready()
             turn[i] = time.perf_counter() - began
     whole, few = np.median(seconds[1:], 0)
-    assert few < 0.4 * whole  # 128 of 2,048 positions
+    assert few < 0.4 * whole  # an eighth of the positions is multiplied out
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2"])
