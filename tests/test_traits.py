@@ -184,3 +184,37 @@ def test_confident_learning_says_what_it_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr(confident.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"takes cleanlab; run: pip install .*'\.\[clean\]'"):
         confident.find(np.zeros(2, int), np.ones((2, 2)) / 2)
+
+
+def test_what_the_most_suspicious_have_in_common(tmp_path):
+    """Counts, shares and the bounds of a reason by hand; without folds it says what is missing."""
+    n, worst = 100, np.array([99, 98, 97, 96, 95, 50])
+    label = np.where(np.isin(np.arange(n), [*worst, 0, 1]), 1, 0)
+    examples = [
+        {"id": f"e{i:02}", "label": int(k), "prompt": "a plain text", "text": f"a plain text {i}",
+         "answer": (" no", " yes")[k]}
+        for i, k in enumerate(label)
+    ]  # fmt: skip
+    columns = {"id": np.array([e["id"] for e in examples], object), "label_aum": np.full(n, -1.0)}
+    columns["label_aum"][[10, 50]] = 0.1
+    columns["label_aum"][11] = 0
+    ranks = {"loss": np.arange(1, n + 1) / n, "base_loss": np.arange(n, 0, -1) / n}
+    broken = {"e50": {"arithmetic": "1 + 1 = 3"}, "e96": {"length": "long"}}
+    kinds, lines = explain.explain(tmp_path, examples, columns, ranks, broken, worst)
+    named = {10: "the label contradicts the model", 50: "a sum that does not hold"}
+    named |= dict.fromkeys([95, 97, 98, 99], "hard: high loss") | {96: "unusual length"}
+    assert kinds == [named.get(i, "no single reason") for i in range(n)]
+    rows = [line.split(" | ") for line in lines if line.endswith("|")]
+    counts = {row[0][2:]: (row[2], row[3][:-2]) for row in rows if len(row) == 4}
+    assert counts.pop("category") == ("most suspicious", "all") and counts.pop("---")
+    assert counts == {
+        "a sum that does not hold": ("1", "1"),
+        "the label contradicts the model": ("0", "1"),
+        "unusual length": ("1", "1"),
+        "hard: high loss": ("4", "4"),
+        "no single reason": ("0", "93"),
+    }
+    shares = {row[0]: row[1:3] for row in rows if len(row) == 5}
+    assert shares["| label `yes`"] == ["100%", "2%"] and shares["| label `no`"] == ["0%", "98%"]
+    assert any("# Clusters of the 6" in line for line in lines)
+    assert any(line.startswith("Not computed: ") and "folds" in line for line in lines)
