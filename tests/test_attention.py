@@ -116,6 +116,17 @@ def test_cudnn_is_asked_for_the_reference(monkeypatch):
     same(attend, *inputs(64, 4, 2, 16), 30, 0.0)
 
 
+@pytest.mark.parametrize("how", ["reference", "block"])
+@pytest.mark.parametrize(("window", "back"), [(63, 63), (64, 64), (0, 64)])
+def test_a_window_as_long_as_the_row_or_one_less(how, window, back):
+    q, k, v, _, _ = inputs(64, 2, 2, 16)
+    segments = jnp.ones((2, 64), jnp.int32)
+    want = reference(q, k, v, attention_mask(segments, back), 0.0, jnp.float32)
+    settings = dict(window=window, softcap=0.0, dtype=jnp.float32, mesh=None)
+    got = attention(how, q, k, v, segments, jnp.array(True), **settings)
+    assert np.max(np.abs(got - want)) <= 2e-5 * np.max(np.abs(want))
+
+
 @pytest.mark.parametrize(("name", "how"), [("gemma2", "block"), ("gemma3", "splash")])
 def test_a_model_of_local_and_global_layers(name, how, monkeypatch):
     """Loss and gradients in the scan over layers, where a layer's kind is a traced value."""

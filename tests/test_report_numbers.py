@@ -55,6 +55,8 @@ def test_interval_of_a_rank_correlation_covers_it():
         low, high = stats.spearman_interval(stats.spearman(x, y), 40)
         covered += low < true < high
     assert 0.91 <= covered / 300 <= 0.99
+    z = np.arctanh(stats.spearman_interval(0.8, 40))
+    assert z == pytest.approx(np.arctanh(0.8) + 1.959964 * np.sqrt(1.32 / 37) * np.array([-1, 1]))
     assert stats.spearman_interval(math.nan, 40) is None
     assert stats.spearman_interval(0.5, 3) is None
 
