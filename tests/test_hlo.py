@@ -1,6 +1,10 @@
 """What is read from the text of a program, against what is known of the program."""
 
+import functools
+
 import common
+import jax
+import jax.numpy as jnp
 import pytest
 
 from gemma_lora import hlo
@@ -80,6 +84,19 @@ def test_a_loop_that_starts_later_runs_less_often():
   ROOT %loop"""
     text = LOOP.replace("  ROOT %loop", start).replace("while(%a)", "while(%t)")
     assert [c.times for c in hlo.collectives(hlo.parse(text))] == [2]
+
+
+@pytest.mark.parametrize(("sizes", "rows"), [((8, 32), 20), ((8, 16, 32), 32)])
+def test_of_two_branches_each_runs_half_the_times_of_more_the_last(sizes, rows):
+    """As a layer is local or global; and as the head takes ever more tokens."""
+
+    def branch(n, x):
+        return jnp.pad(x[:n] @ jnp.cos(x), ((0, 32 - n), (0, 0)))
+
+    branches = [functools.partial(branch, n) for n in sizes]
+    run = jax.jit(lambda i, x: jax.lax.switch(i, branches, x))
+    program = hlo.parse(run.lower(1, jnp.ones((32, 32))).compile().as_text())
+    assert sum(hlo.products(program, {}).values()) == 2 * rows * 32 * 32
 
 
 def test_a_loop_of_unknown_length_counts_once_and_is_told():
