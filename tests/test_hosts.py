@@ -87,6 +87,11 @@ def start(script: str, arguments: list[str], flags: list[str], devices: int) -> 
     )
 
 
+def last_line(output: str) -> str:
+    """Of ours: Gloo has a buffer of its own, which may come out as the process ends."""
+    return [x for x in output.splitlines() if not x.startswith("[Gloo]")][-1]
+
+
 def together(script: str, arguments: list[list[str]]) -> list[tuple[int, str, float]]:
     """(exit status, output, seconds since process 1 was gone) of two processes."""
     with socket.socket() as s:
@@ -169,7 +174,7 @@ def test_a_lost_process_stops_the_other_and_the_run_goes_on(straight, inputs, tm
     assert killed == -signal.SIGKILL, output[-3000:] + other[-3000:]
     assert seconds < 5 * HEARTBEAT
     assert status == distributed.LOST, output[-3000:]
-    assert output.splitlines()[-1].startswith("error: process 0 of 2 stops: another process")
+    assert last_line(output).startswith("error: process 0 of 2 stops: another process")
     assert not (run / "report.json").exists()
     shutil.copytree(run, tmp_path / "eight")
 
@@ -210,7 +215,7 @@ def test_an_evaluation_by_two_processes_is_that_of_one(inputs, tmp_path):
     job = json.dumps([str(inputs), str(tmp_path / "two"), changes | MESH])
     ended = together(EVALUATE, [[job]] * 2)
     assert [status for status, *_ in ended] == [0, 0], ended[0][1][-3000:] + ended[1][1][-3000:]
-    first, second = (json.loads(output.splitlines()[-1]) for _, output, _ in ended)
+    first, second = (json.loads(last_line(output)) for _, output, _ in ended)
     assert first == second
     one = evaluate.evaluate(tiny_run.settings(inputs, changes), tmp_path / "one", None)
     assert first["loss"] == pytest.approx(one["loss"], rel=1e-5)
@@ -257,7 +262,7 @@ def test_processes_agree_or_say_on_what_not():
     for status, output, _ in together(AGREE, [["a"], ["b"]]):
         assert status == 2, output[-3000:]
         assert "votes [False, False, False, True, False]" in output
-        assert output.splitlines()[-1] == (
+        assert last_line(output) == (
             "error: the config must be the same on all 2 processes; that of process 1 is another "
             "than that of process 0"
         )
@@ -273,7 +278,7 @@ def test_a_process_that_is_alone_says_so(process):
     done = start(script, [], flags, 1)
     output = done.communicate(timeout=120)[0]
     assert done.returncode == 2 and "never" not in output
-    last = output.splitlines()[-1]
+    last = last_line(output)
     assert last.startswith(f"error: process {process} of 2 has not met all the others within 2 s")
 
 
