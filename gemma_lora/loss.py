@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from gemma_lora.errors import UserError
-from gemma_lora.sharding import spec
+from gemma_lora.sharding import AXES, spec
 
 
 class TokenStats(NamedTuple):
@@ -148,8 +148,9 @@ def _loaded(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, m
         out = run(hidden[:size], targets[:size], table)
         return jax.tree.map(lambda x: jnp.pad(x, [(0, n - size)] + [(0, 0)] * (x.ndim - 1)), out)
 
-    # Devices that gather each other's part of the table run the same program.
-    loaded = jax.lax.pmax(jnp.sum(mask), d_axes) if d_axes else jnp.sum(mask)
+    # Devices that exchange parts of the sweep must run the same program. That all of the mesh do
+    # costs nothing: a step waits for the slowest anyway.
+    loaded = jax.lax.pmax(jnp.sum(mask), AXES) if v_axes or d_axes else jnp.sum(mask)
     branches = [functools.partial(some, min(end, n)) for end in range(step, n + step, step)]
     out = jax.lax.switch((loaded - 1) // step, branches, *tokens, table)
     place = jnp.cumsum(mask) - 1  # in `order`, of each token with loss
