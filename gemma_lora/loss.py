@@ -7,7 +7,8 @@ fixed, the work is not: of several programs the least runs that has room for the
 carry loss. On a mesh each device sweeps its own words for its own tokens; what then crosses devices
 are a few numbers a token and the sum of the expected embeddings, never a logit.
 
-Letters: B rows, C places of a row for positions that carry loss, D embed, V vocab, N tokens = B x C.
+Letters: B rows, C places of a row for positions that carry loss, D embed, V vocab, N = B x C
+tokens.
 """
 
 import functools
