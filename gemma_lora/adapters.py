@@ -18,6 +18,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gemma_lora.errors import UserError
 from gemma_lora.layers import dequantized, dot
@@ -63,6 +64,7 @@ class LoRA(nn.Module):
         w_in, w_out = self.sides()
         batch = "".join(c for c in x_letters if c not in w)
         h = dot(f"{x_letters},{w_in}R->{batch}R", x, a, self.base.dtype, False)
+        h = checkpoint_name(h.astype(self.base.dtype), "inner")
         y = dot(f"{batch}R,R{w_out}->{out}", h, b, self.base.dtype, False)
         # In the products' dtype: beside the base's product a float32 one would be the largest array
         # of a layer, which nothing can add up in place.

@@ -229,6 +229,19 @@ class Attention(Projections):
         return checkpoint_name(out.astype(self.dtype), "o")
 
 
+@jax.custom_vjp
+def _gradients_once(*xs: jax.Array) -> tuple[jax.Array, ...]:
+    """xs, whose cotangents are arrays before anything is multiplied by them.
+
+    Each enters the products of a base matrix and of its adapter, and XLA for TPU would compute some
+    of them again in the operand of every product: widest where a matrix unit waits for it.
+    """
+    return xs
+
+
+_gradients_once.defvjp(lambda *xs: (xs, None), lambda _, gs: jax.lax.optimization_barrier(gs))
+
+
 class MLP(Projections):
     """[B,T,D] -> [B,T,D] in `dtype`: down(act(gate(x)) * up(x))."""
 
@@ -236,8 +249,9 @@ class MLP(Projections):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = self.proj("gate_proj", "BTD,DF->BTF")(x)
         up = self.proj("up_proj", "BTD,DF->BTF")(x)
-        gate = checkpoint_name(gate.astype(self.dtype), "gate").astype(jnp.float32)
-        up = checkpoint_name(up.astype(self.dtype), "up").astype(jnp.float32)
+        gate, up = _gradients_once(gate.astype(self.dtype), up.astype(self.dtype))
+        gate = checkpoint_name(gate, "gate").astype(jnp.float32)
+        up = checkpoint_name(up, "up").astype(jnp.float32)
         act = nn.gelu(gate, approximate=True) if self.arch.gelu else nn.silu(gate)
         out = self.proj("down_proj", "BTF,FD->BTD")((act * up).astype(self.dtype))
         return checkpoint_name(out.astype(self.dtype), "down")

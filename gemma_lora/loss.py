@@ -204,12 +204,24 @@ def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, ta
     products = hidden.astype(jnp.float32) * own.astype(jnp.float32)
     target, at_target = capped(jnp.sum(products, -1))
 
-    def step(run: _Running, i: jax.Array):
+    def begins(i: jax.Array) -> jax.Array:
         # The last chunk is moved back to end at V; the entries it shares with the one before
         # are masked, so any vocabulary size takes any chunk.
-        first = i * chunk
-        start = jnp.minimum(first, vocab - chunk)
-        rows = whole(jax.lax.dynamic_slice_in_dim(table, start, chunk))
+        return jnp.minimum(i * chunk, vocab - chunk)
+
+    def chunk_of(i: jax.Array) -> jax.Array:
+        return whole(jax.lax.dynamic_slice_in_dim(table, begins(i), chunk))
+
+    def step(carry: tuple[_Running, jax.Array | None], i: jax.Array):
+        run, rows = carry
+        if not d_axes:
+            return (swept(run, chunk_of(i), i), None), None
+        # Gathered from other devices, the next chunk is on its way while this one is multiplied.
+        following = chunk_of(i + 1)
+        return (swept(run, rows, i), following), None
+
+    def swept(run: _Running, rows: jax.Array, i: jax.Array) -> _Running:
+        first, start = i * chunk, begins(i)
         ids = start + jnp.arange(chunk)
         z, slope = capped(dot("ND,VD->NV", hidden, rows))
         mask = ids == targets[:, None]
@@ -225,21 +237,22 @@ def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, ta
             run.pull * scale[:, None] if want_grad else run.pull,
         )
         if not want_grad:
-            return new, None
+            return new
         if not sweep.floor:
             pull = new.pull + dot("NV,VD->ND", (p * slope).astype(dtype), rows)
-            return new._replace(pull=pull), None
+            return new._replace(pull=pull)
         # The logsumexp is no smaller than that of the words so far and the target.
         bound = top + jnp.log(new.total + jnp.exp(target - top))
         active = most > bound + math.log(sweep.floor)
         mass = jnp.where(active, 0, jnp.sum(p * slope, -1))
         pull = new.pull + mass[:, None] * jnp.mean(rows.astype(jnp.float32), 0)
-        return new._replace(pull=_add_active(active, p, slope, rows, pull, dot)), None
+        return new._replace(pull=_add_active(active, p, slope, rows, pull, dot))
 
     zero = jnp.zeros(targets.shape, jnp.float32)
     pull = jnp.zeros(hidden.shape if want_grad else (), jnp.float32)
     run = _Running(target, zero, zero, zero + low, pull)
-    run, _ = jax.lax.scan(step, run, jnp.arange(-(-vocab // chunk)))
+    first = chunk_of(0) if d_axes else None
+    (run, _), _ = jax.lax.scan(step, (run, first), jnp.arange(-(-vocab // chunk)))
     run = _merge(run, v_axes) if v_axes else run
     total = run.total + jnp.exp(target - run.top)
     nll = run.top - target + jnp.log(total)

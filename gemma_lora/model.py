@@ -30,17 +30,18 @@ from gemma_lora.sharding import split_rows
 Wrap = Callable[[Einsum, str], nn.Module]
 
 # What the backward finds saved from the forward. 'matmuls' saves the result of every base matrix
-# product that the backward needs, so that none runs twice (but DoRA's products of dropped inputs);
-# attention, which multiplies activations alone, runs again, and so does all element-wise work.
+# product that the backward needs and what an adapter has between its two, so that none runs twice
+# (but DoRA's products of dropped inputs); attention, which multiplies activations alone, runs again,
+# and so does all element-wise work.
 # 'offload' saves the same and keeps one of the two widest in the host's memory: a third to a half
 # of all that is saved, for rows that cannot be cut into micro-batches and a fast way to the host.
 REMAT: dict[str, Any] = {
     "none": None,
     "matmuls": jax.checkpoint_policies.save_only_these_names(
-        "q", "k", "v", "o", "gate", "up", "down"
+        "q", "k", "v", "o", "gate", "up", "down", "inner"
     ),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=["q", "k", "v", "o", "gate", "down"],
+        names_which_can_be_saved=["q", "k", "v", "o", "gate", "down", "inner"],
         names_which_can_be_offloaded=["up"],
         offload_src="device",
         offload_dst="pinned_host",

@@ -2,7 +2,7 @@
 
 import collections
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -150,7 +150,9 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     """Shardings of a tree of arrays or shapes boxed with their axis letters by Linen."""
 
     def one(leaf):
-        return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, mesh))
+        # A vector stays whole: a gather in every layer would cost more than it spares.
+        names = leaf.names if set(leaf.names) - {"L", "D"} else (None,) * len(leaf.names)
+        return NamedSharding(mesh, spec(names, leaf.value.shape, mesh))
 
     return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
@@ -176,11 +178,12 @@ def split_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rows))
 
 
-def gathered(w: jax.Array, letters: str, mesh: Mesh | None) -> jax.Array:
-    """A layer's base matrix, whole over fsdp and split over tensor as it was; one device: w itself.
+def gathered(w: jax.Array, letters: Iterable[str], mesh: Mesh | None) -> jax.Array:
+    """A matrix, whole over fsdp and split over tensor as it was; one device: w itself.
 
     Where a product contracts D, XLA for TPU would else send shards of the matrix round and add up
-    partial products in float32: for a wide result that moves and holds more than the matrix.
+    partial products in float32: for a wide result that moves and holds more than the matrix, for a
+    thin one of an adapter it is a dozen steps.
     """
     if mesh is None or mesh.size == 1:
         return w

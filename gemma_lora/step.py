@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from gemma_lora.loss import Sweep, TokenStats, token_stats
 from gemma_lora.model import Transformer, head_weight, logits
-from gemma_lora.sharding import replicated, tree_shardings
+from gemma_lora.sharding import gathered, replicated, tree_shardings
 
 # The arrays of data.dataset.Batch. loss_mask is 0 or 1: the ledger counts its targets, and knows of
 # no weights.
@@ -73,6 +73,10 @@ def loss_hidden(
     model: Transformer, base: Any, lora: Any, batch: Batch, rng: jax.Array | None
 ) -> jax.Array:
     """Final hidden states [B,C,D] at the batch's loss positions, C of T. Dropout: given an rng."""
+    if lora:
+        # Once a step, and not where a layer uses them. Their gradients are summed once a layer.
+        boxed = model.abstract()["lora"]
+        lora = jax.tree.map(lambda x, box: gathered(x, box.names, model.mesh), lora, boxed)
     hidden = model.apply(
         {"params": base, "lora": lora},
         batch["tokens"],
