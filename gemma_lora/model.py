@@ -31,8 +31,8 @@ Wrap = Callable[[Einsum, str], nn.Module]
 
 # What the backward finds saved from the forward. 'matmuls' saves the result of every base matrix
 # product that the backward needs and what an adapter has between its two, so that none runs twice
-# (but DoRA's products of dropped inputs); attention, which multiplies activations alone, runs again,
-# and so does all element-wise work.
+# (but DoRA's products of dropped inputs); attention, which multiplies activations alone, runs
+# again, and so does all element-wise work.
 # 'offload' saves the same and keeps one of the two widest in the host's memory: a third to a half
 # of all that is saved, for rows that cannot be cut into micro-batches and a fast way to the host.
 REMAT: dict[str, Any] = {
