@@ -136,9 +136,8 @@ def make_train_step(
 
     def loss(lora, base, batch, rng):
         stats = forward(model, sweep, base, lora, batch, rng)
-        mask = batch["loss_mask"]
-        nll = jnp.sum(stats.nll * mask)
-        sums = {"nll": nll, "tokens": mask.sum(), "correct": jnp.sum(stats.correct * mask)}
+        nll, tokens = stats.nll.sum(), batch["loss_mask"].sum()
+        sums = {"nll": nll, "tokens": tokens, "correct": stats.correct.sum()}
         return nll, sums | {"token_nll": stats.nll}
 
     grad = jax.grad(loss, has_aux=True)

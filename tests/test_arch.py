@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import common
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 import tiny
 
@@ -101,6 +103,26 @@ def test_table_equals_published_config(name):
     facts, sizes = PUBLISHED[name]
     config = facts | {k: v for k, v in zip(SIZES, sizes, strict=True) if v is not None}
     assert dataclasses.asdict(Arch.from_hf(config)) == dataclasses.asdict(ARCHS[name])
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_embedding_scale_is_rounded_to_the_dtype_as_in_hugging_face():
+    """Their normalizer is torch.tensor(hidden_size**0.5, dtype=hidden_states.dtype)."""
+    arch = common.tiny_arch("gemma")
+
+    class Start(Transformer):
+        @nn.compact
+        def __call__(self, tokens, positions):
+            return self.start(tokens, positions)[0]
+
+    tokens = jnp.arange(8)[None]
+    x, variables = Start(arch, dtype=jnp.bfloat16).init_with_output(
+        jax.random.key(0), tokens, tokens
+    )
+    scale = jnp.bfloat16(arch.embed**0.5)
+    assert float(scale) != arch.embed**0.5  # or no rounding would be seen
+    rows = nn.unbox(variables["params"])["embed"]["w"][tokens].astype(jnp.bfloat16)
+    assert x.dtype == jnp.bfloat16 and (x == rows * scale).all()
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

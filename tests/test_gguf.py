@@ -264,6 +264,8 @@ def write_model(path, arch, tensors, kind="", **changes):
         writer.add_final_logit_softcapping(arch.final_softcap)
     if kind in ("gemma3", "qwen2"):
         writer.add_rope_freq_base(arch.rope_base)
+    if arch.window and arch.rope_local_base != 1e4:
+        writer.add_rope_freq_base_swa(arch.rope_local_base)
     if arch.rope_factor != 1:
         writer.add_rope_scaling_type(changes.get("rope", gguf.RopeScalingType.LINEAR))
         writer.add_rope_scaling_factor(arch.rope_factor)
@@ -341,6 +343,14 @@ def test_the_metadata_tell_the_arch(tmp_path, name):
     path = write_model(tmp_path / "x.gguf", arch, tensors)
     for given in ("auto", name):
         assert open_weights(path, given).arch == dataclasses.replace(arch, vocab=8)
+
+
+def test_the_metadata_tell_the_base_of_local_layers(tmp_path, monkeypatch):
+    arch = dataclasses.replace(Arch.from_hf(TINY["gemma3"]), rope_local_base=2e4)
+    monkeypatch.setitem(ARCHS, "tiny_gemma3", arch)
+    words = (np.zeros((arch.vocab, 8), np.float32), gguf.GGMLQuantizationType.F32)
+    path = write_model(tmp_path / "x.gguf", arch, {"token_embd.weight": words})
+    assert open_weights(path, "auto").arch == arch
 
 
 def test_a_model_with_words_added(tmp_path):

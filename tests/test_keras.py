@@ -137,6 +137,14 @@ def test_logits_are_those_of_the_library(name, tmp_path):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4)
 
 
+def test_queries_are_scaled_as_the_preset_says(saved):
+    """Gemma 2 27B says by the width, as its published config. The library's block passes True on,
+    whatever the preset says, so its logits are no reference for this."""
+    for by_head, scale in ((True, 16), (False, 32 // 4)):
+        arch = Arch.from_hf(saved(query_head_dim_normalize=by_head).arch)
+        assert arch.query_scale == scale
+
+
 def test_weights_keep_their_precision(tmp_path):
     model = backbone("gemma", dtype="bfloat16")
     model.save_to_preset(str(tmp_path))

@@ -272,6 +272,34 @@ def test_another_run_is_compared_by_example(run, tmp_path):
     assert same["loss"]["conclusion"] == "no difference that these examples can show"
 
 
+def test_labels_of_two_runs_are_compared_by_example(tmp_path):
+    """This run errs on every third label, the other on every fourth, and the label of one differs;
+    so 60 - 1 are left, of which each is right on what the other is not."""
+    runs, ids = [], [f"validation-{i}" for i in range(60)]
+    for name, every in (("this", 3), ("other", 4)):
+        (tmp_path / name).mkdir()
+        runs.append(report_run.gsm8k(tmp_path / name, 60, 24, steps=(0, 20)))
+
+        def labelled(r, every=every, name=name):
+            if r["split"] != "validation":
+                return r | {"label_p": [np.nan, np.nan]}
+            i = ids.index(r["id"])
+            label = i % 2 if (i, name) != (59, "other") else 0
+            p = [0.2, 0.2]
+            p[label if i % every else 1 - label] = 0.7
+            return r | {"label": label, "label_p": p}
+
+        for file in (tmp_path / name / "ledger").glob("eval_*.parquet"):
+            edit(file, labelled)
+    [found] = report.build(runs[0], (runs[1],))["compare"]
+    found = found["class_accuracy"]
+    assert found["this"] == pytest.approx(np.mean([i % 3 > 0 for i in range(59)]))
+    assert found["other"] == pytest.approx(np.mean([i % 4 > 0 for i in range(59)]))
+    only = [sum(i % a > 0 and i % b == 0 for i in range(59)) for a, b in ((3, 4), (4, 3))]
+    assert [found["only_this_right"], found["only_other_right"]] == only == [10, 15]
+    assert found["p"] == pytest.approx(scipy.stats.binomtest(10, 25).pvalue)
+
+
 def other_text(r):
     return r | {"text": r["text"] + "." * (r["id"] == "validation-5")}
 
