@@ -115,12 +115,18 @@ def _boxes(boxed: Any) -> Iterator[tuple[str, nn.LogicallyPartitioned]]:
         yield "/".join(str(k.key) for k in path), leaf
 
 
+def _letters(leaf: nn.LogicallyPartitioned) -> tuple[str | None, ...]:
+    """Those of its axes that the rules may split: not the D of a vector, as a norm's is. To gather
+    it in every layer would cost more than it spares."""
+    return leaf.names if set(leaf.names) - {"L", "D"} else (None,) * len(leaf.names)
+
+
 def unsplit(boxed: Any, mesh: Mesh) -> list[str]:
     """'K=1 not over tensor=4 (params/layers/attn/k_proj/w and 3 more)' for every axis that the
     rules split and whose size the mesh does not divide."""
     found = collections.defaultdict(list)
     for path, leaf in _boxes(boxed):
-        for letter, size in zip(leaf.names, leaf.value.shape, strict=True):
+        for letter, size in zip(_letters(leaf), leaf.value.shape, strict=True):
             axes = _axes(letter, mesh)
             if axes and size % _ways(axes, mesh):
                 over = ", ".join(f"{a}={mesh.shape[a]}" for a in axes)
@@ -150,9 +156,7 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     """Shardings of a tree of arrays or shapes boxed with their axis letters by Linen."""
 
     def one(leaf):
-        # A vector stays whole: a gather in every layer would cost more than it spares.
-        names = leaf.names if set(leaf.names) - {"L", "D"} else (None,) * len(leaf.names)
-        return NamedSharding(mesh, spec(names, leaf.value.shape, mesh))
+        return NamedSharding(mesh, spec(_letters(leaf), leaf.value.shape, mesh))
 
     return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 

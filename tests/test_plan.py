@@ -298,17 +298,28 @@ def test_no_whole_weight_and_no_logits_in_the_program_for_a_tpu(name):
     assert any(c.times > 1 and c.results[0].elements == one for c in gathers)
     assert not any(x.elements >= arch.layers * one // 2 for c in gathers for x in c.results)
     if name == "gemma_2b":  # the small one's compiler does not try
-        # Every gather of a loop is fused with products that run meanwhile. Nothing but the
-        # adapters' gradients, once a layer, is waited for.
+        # The gathers of a loop are fused with products that run meanwhile, those of the table too.
+        # Waited for are the adapters' gradients, once a layer, and by an older compiler the
+        # matrices that a layer begins with.
         fused = {op.called() for _, _, op, _ in program.ops() if op.kind == "fusion"}
         waited = [
-            op.kind
+            op
             for computation, _, op, times in program.ops()
             if times > 1
             and computation not in fused
             and re.match("all-|collective-permute|reduce-scatter", op.kind)
         ]
-        assert waited == ["all-reduce"]
+        first = {arch.embed * n * arch.head_dim for n in (arch.heads, arch.kv_heads)}
+        assert all(
+            op.elements in first and "Transformer" in op.source
+            for op in waited
+            if op.kind != "all-reduce"
+        )
+        assert sum(op.kind == "all-reduce" for op in waited) == 1
+        # GELU in the operands of down's two forward products, of its A's gradient, and for its own
+        # gradient: not again in each of the six products by that.
+        tanh = sum(op.elements * times for _, _, op, times in program.ops() if op.kind == "tanh")
+        assert tanh == 4 * arch.layers * (rows * length // mesh.size) * arch.hidden
     # Nor the table, nor the logits of a device's rows, in any buffer. It has more tokens than
     # columns of the table, so its part of that is smaller.
     assert not any(x.elements >= arch.vocab * arch.embed for c in gathers for x in c.results)

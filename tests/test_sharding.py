@@ -78,6 +78,8 @@ lines = leaves({"base": base})
 assert len(lines) == len(jax.tree.leaves(base))
 (up,) = [x.split() for x in lines if "up_proj/w" in x]
 assert up[0] == "base/layers/mlp/up_proj/w" and up[-3:] == ["7,168", "of", "57,344"], up
+(norm,) = [x.split() for x in lines if "final_norm/scale" in x]
+assert norm[-3:] == ["128", "of", "128"], norm  # a vector, whole though fsdp divides its 32
 print("equal")
 """
 
