@@ -231,10 +231,10 @@ class Attention(Projections):
 
 @jax.custom_vjp
 def _gradients_once(*xs: jax.Array) -> tuple[jax.Array, ...]:
-    """xs, whose cotangents are arrays before anything is multiplied by them.
+    """xs, whose cotangents are computed together, before any product reads one of them.
 
-    Each enters the products of a base matrix and of its adapter, and XLA for TPU would compute some
-    of them again in the operand of every product: widest where a matrix unit waits for it.
+    XLA for TPU would else compute the gradient of GELU again inside some of the six products that
+    read it, three of up's and three of gate's, which then wait for it.
     """
     return xs
 

@@ -216,7 +216,8 @@ def _sweep(softcap, sweep: Sweep, want_grad, v_axes, d_axes, hidden, targets, ta
         run, rows = carry
         if not d_axes:
             return (swept(run, chunk_of(i), i), None), None
-        # Gathered from other devices, the next chunk is on its way while this one is multiplied.
+        # Gathered from other devices, the next chunk is on its way while this one is multiplied;
+        # the last turn gathers its own again, which nobody reads.
         following = chunk_of(i + 1)
         return (swept(run, rows, i), following), None
 

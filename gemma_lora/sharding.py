@@ -16,7 +16,7 @@ from gemma_lora.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 
 # The letter of an array axis -> the mesh axis it is split over. Letters not named are whole on
-# every device. B is split over both data axes; the weights' D over fsdp alone.
+# every device. B is split over both data axes; the weights' D over fsdp alone, that of matrices.
 RULES: dict[str, tuple[str, ...]] = {
     "B": ("data", "fsdp"),
     "D": ("fsdp",),
@@ -116,8 +116,8 @@ def _boxes(boxed: Any) -> Iterator[tuple[str, nn.LogicallyPartitioned]]:
 
 
 def _letters(leaf: nn.LogicallyPartitioned) -> tuple[str | None, ...]:
-    """Those of its axes that the rules may split: not the D of a vector, as a norm's is. To gather
-    it in every layer would cost more than it spares."""
+    """Its axes, None for those that are not to be split: the D of a vector (a norm's scale, DoRA's
+    magnitudes, the scales of int8). To gather it in every layer would cost more than it spares."""
     return leaf.names if set(leaf.names) - {"L", "D"} else (None,) * len(leaf.names)
 
 
@@ -186,8 +186,8 @@ def gathered(w: jax.Array, letters: Iterable[str], mesh: Mesh | None) -> jax.Arr
     """A matrix, whole over fsdp and split over tensor as it was; one device: w itself.
 
     Where a product contracts D, XLA for TPU would else send shards of the matrix round and add up
-    partial products in float32: for a wide result that moves and holds more than the matrix, for a
-    thin one of an adapter it is a dozen steps.
+    partial products in float32: for a wide result that moves and holds more than the matrix, and
+    for an adapter's it is one small exchange for every other device, product and layer.
     """
     if mesh is None or mesh.size == 1:
         return w

@@ -73,8 +73,10 @@ def loss_hidden(
     model: Transformer, base: Any, lora: Any, batch: Batch, rng: jax.Array | None
 ) -> jax.Array:
     """Final hidden states [B,C,D] at the batch's loss positions, C of T. Dropout: given an rng."""
-    if lora:
-        # Once a step, and not where a layer uses them. Their gradients are summed once a layer.
+    if lora and model.mesh is not None:
+        # Whole once a micro-batch, and not where a layer uses them; in the backward their gradients
+        # are summed over devices once a layer. A device holds all of them for that long, and in
+        # the state its part.
         boxed = model.abstract()["lora"]
         lora = jax.tree.map(lambda x, box: gathered(x, box.names, model.mesh), lora, boxed)
     hidden = model.apply(
@@ -136,8 +138,9 @@ def make_train_step(
 
     def loss(lora, base, batch, rng):
         stats = forward(model, sweep, base, lora, batch, rng)
-        nll, tokens = stats.nll.sum(), batch["loss_mask"].sum()
-        sums = {"nll": nll, "tokens": tokens, "correct": stats.correct.sum()}
+        mask = batch["loss_mask"]
+        nll = jnp.sum(stats.nll * mask)
+        sums = {"nll": nll, "tokens": mask.sum(), "correct": jnp.sum(stats.correct * mask)}
         return nll, sums | {"token_nll": stats.nll}
 
     grad = jax.grad(loss, has_aux=True)
